@@ -90,7 +90,7 @@ def test_rows_are_split_by_task_and_expert(caplog):
 
 @pytest.mark.parametrize("name", ["train.csv", "train.parquet", "rows.jsonl"])
 @pytest.mark.parametrize("read", [load_rows, read_columns])
-def test_a_pipe_is_refused_and_not_waited_for(read, name, tmp_path):
+def test_pipe_is_refused_at_once(read, name, tmp_path):
     os.mkfifo(tmp_path / name)
     for source in (tmp_path, tmp_path / name):
         with pytest.raises(FusionError, match=f"{name} is a pipe, not a file"):

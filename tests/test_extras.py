@@ -33,7 +33,7 @@ def bare(tmp_path_factory):
     return environment(tmp_path_factory.mktemp("bare"), *left_out)
 
 
-def test_every_command_of_the_table_is_one_and_every_extra_is_declared():
+def test_extras_table_matches_commands_and_pyproject():
     known = {name: build_parser(name).nested[name].nested for name in COMMANDS}
     for words in [*NEEDS, *WHEELS]:
         name, _, action = words.partition(" ")
@@ -68,7 +68,7 @@ def test_the_readme_has_every_extra():
         ("bench report results", "matplotlib", "pip install 'hf_fusion[plots]'"),
     ],
 )
-def test_a_command_says_first_and_once_what_it_lacks(bare, tmp_path, words, missing, hint):
+def test_missing_library_is_reported_first_and_once(bare, tmp_path, words, missing, hint):
     done = run_there(bare, "-m", "hf_fusion.cli", *words.split(), cwd=tmp_path)
     assert done.returncode == 1
     error, told = done.stderr.splitlines()

@@ -32,7 +32,7 @@ from hf_fusion.merging.recipe_checks import family_method
 from hf_fusion.schema import KeyPath, read
 
 
-def test_each_layer_knows_exactly_the_families_of_the_registry():
+def test_each_layer_handles_all_registered_families():
     assert set(CONTENTS) == set(FAMILIES)
     assert set(SCRIPTS) == {*FAMILIES, MERGE}
     assert set(MEASURES) == set(EVALUATORS) == set(FAMILIES)
@@ -43,7 +43,7 @@ def test_each_layer_knows_exactly_the_families_of_the_registry():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_familys_classes_are_what_the_row_says(name):
+def test_family_classes_match_the_registry(name):
     family = FAMILIES[name]
     classes = family.classes()
     assert issubclass(classes.model, PreTrainedModel) and issubclass(classes.config, PreTrainedConfig)

@@ -40,7 +40,7 @@ def test_every_document_says_what_was_measured(texts):
         assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} is not what make numbers-render writes"
 
 
-def test_a_figure_edited_by_hand_is_written_over(texts):
+def test_hand_edited_figure_is_overwritten(texts):
     source = SOURCES["demo-phatgoose"]
     for phrase in source.phrases(source.read()):
         edited = put_phrase(NUMBER.sub("1.5", phrase), texts[README])
@@ -48,7 +48,7 @@ def test_a_figure_edited_by_hand_is_written_over(texts):
         assert put_phrase(phrase, edited) == texts[README]
 
 
-def test_a_sentence_that_is_gone_is_named():
+def test_removed_sentence_is_named():
     with pytest.raises(ValueError, match="0 times instead of once.*three seeds"):
         find("With three seeds it has 1.5 %", "With two seeds\nit has 1.7 %")
     assert find("With three seeds it has 1.5 %", "With three\nseeds it has 98 % here").group(1) == "98"
@@ -92,7 +92,7 @@ def test_the_demos_table_and_card_are_of_one_run():
 
 
 @pytest.mark.parametrize(("name", "fused"), [("foe", "FoE"), ("phatgoose", "PHATGOOSE"), ("wemoe", "WEMoE")])
-def test_a_card_is_of_the_first_seed_and_its_interval_holds_the_others(name, fused):
+def test_card_shows_the_first_seed_within_its_interval(name, fused):
     card, seeds = SOURCES[f"demo-{name}"].read()[-2:]
     results = Results.from_dict(card["results"])
     stated = {p.name: p.only_score if results.pooled else p.means["held-in"] for p in results.predictors}
@@ -106,7 +106,7 @@ def test_a_card_is_of_the_first_seed_and_its_interval_holds_the_others(name, fus
     assert all(low <= run[fused] <= high for run in scores), [run[fused] for run in scores]
 
 
-def test_a_run_that_leaves_the_cards_intervals_is_named():
+def test_run_outside_the_intervals_of_the_card_is_reported():
     card = SOURCES["demo-phatgoose"].read()[0]["results"]
     assert departures(card, card) == []
     run = copy.deepcopy(card)

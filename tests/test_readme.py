@@ -177,7 +177,7 @@ def test_the_table_of_methods_is_that_of_the_code():
     assert methods_table() in README, "python -c 'from hf_fusion.merging.methods import *; print(methods_table())'"
 
 
-def test_the_recipe_is_one():
+def test_recipe_of_the_readme_is_valid():
     [text] = blocks(README, "yaml")
     recipe = Recipe.from_dict(yaml.safe_load(text))
     check_recipe(recipe)
@@ -202,7 +202,7 @@ def test_every_path_in_the_tree_exists():
         parents[depth:] = [names[0]]
 
 
-def test_every_link_leads_somewhere():
+def test_every_link_resolves():
     for text in (README, CONTRIBUTING):
         titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
         anchors = ["#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]

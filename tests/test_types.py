@@ -49,7 +49,7 @@ def test_a_reference_is_read_and_written(text, name, revision, pinned, is_repo):
     assert ref.pinned == is_pinned(text)
 
 
-def test_commits_are_in_lower_case_and_a_revision_that_is_empty_is_none():
+def test_commits_are_lower_case_and_empty_revisions_none():
     upper = ModelRef.parse(f"a/b@{SHA.upper()}")
     assert upper == ModelRef("a/b", SHA) == ModelRef("a/b").with_revision(SHA.upper())
     assert (upper.commit, upper.pinned) == (SHA, True)

@@ -120,7 +120,7 @@ def test_faults_are_reported_by_file_and_keys(text, tmp_path):
         assert raised.value.hint == hint
 
 
-def test_defaults_count_where_nothing_is_written():
+def test_defaults_apply_to_missing_keys():
     assert read_class(Outer, {"kind": "one"}, WHERE) == Outer("one")
     assert read_class(Outer, {"steps": 2}, WHERE, {"kind": "one", "steps": 3}) == Outer("one", steps=2)
     assert read_class(Inner, {}, WHERE, share=0.5) == Inner(0.5)

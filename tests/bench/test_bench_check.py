@@ -87,7 +87,7 @@ def test_gated_repos_and_who_may_read_them(hub, tmp_path):
     assert "accept its terms" in refused.hint
 
 
-def test_a_hub_that_is_not_there(tmp_path):
+def test_unreachable_hub(tmp_path):
     nowhere = HfApi(endpoint="http://127.0.0.1:9", token=False)
     found = check_suite(suite_of(tmp_path, one="me/one"), api=nowhere)
     assert {row.status for row in found} == {"unreachable"}

@@ -146,7 +146,7 @@ def test_fisher_refuses_models_of_pixels(suite):
         measure_fisher(suite.parent / "segmentation", found)
 
 
-def test_a_variance_below_nothing_is_none(suite):
+def test_negative_variances_count_as_zero(suite):
     setup = MergingSetup(load_suite(suite), suite.parent / "data", limit=4, tuned_on=4)
     state = {name: tensor - 9 if name.endswith("running_var") else tensor for name, tensor in setup.base.items()}
     assert any(name.endswith("running_var") for name in state)
@@ -155,7 +155,7 @@ def test_a_variance_below_nothing_is_none(suite):
     assert np.isfinite(answered.predictions).all()
 
 
-def test_pictures_that_are_arrays_become_pictures(suite):
+def test_arrays_become_images(suite):
     found = task_rows(load_suite(suite), "segmentation", suite.parent / "data")
     stored = rows(DATA["tanganke/nyuv2"]["default"], "val")
     arrays = np.array(stored["image"], dtype="float32")

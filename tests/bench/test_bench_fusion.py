@@ -59,7 +59,7 @@ def test_cells_are_as_recorded(fused):
     as_recorded(fused[1], "fusion")
 
 
-def test_every_way_to_fuse_has_a_cell_for_each_task(fused):
+def test_every_fusion_method_has_a_cell_per_task(fused):
     _, cells = fused
     check_whole(cells, chosen(FUSED, "fusion"), list(CLASSES))
     uniform = {cells.pop(("uniform", "default", task, "clean")).reason for task in CLASSES}
@@ -91,7 +91,7 @@ def test_ensembles_score_what_they_score_by_hand(fine_tunes, fused):
             assert cells[method, "default", task, "clean"].score == pytest.approx(value), (method, task)
 
 
-def test_fusers_score_what_the_published_model_answers(fine_tunes, pooled, fused):
+def test_fuser_scores_equal_the_published_model(fine_tunes, pooled, fused):
     _, cells = fused
     suite = load_suite(pooled / "tiny.yaml")
     fitted_on = FusionSetup(suite, fine_tunes / "data", TEST, 16).fitting(run.everything(suite))

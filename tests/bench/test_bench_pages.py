@@ -87,7 +87,7 @@ def test_the_page_says_where_it_was_measured_and_how():
     assert "All suites" not in text
 
 
-def test_a_report_again_gives_the_same_bytes(tmp_path):
+def test_report_is_deterministic(tmp_path):
     cells = made_cells(tasks=1, seeds=1)
     for name in ("one", "two"):
         write_report(cells, tmp_path / name)

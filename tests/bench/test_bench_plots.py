@@ -56,7 +56,7 @@ def test_no_label_covers_another_at_25_methods(suite):
         ([(1, 9.0), (2, 8.0), (2, 7.0), (3, 7.5)], True, [(1, 9.0), (2, 7.0)]),
     ],
 )
-def test_the_front_is_what_none_is_cheaper_and_better_than(points, lower, front):
+def test_pareto_front_has_undominated_methods(points, lower, front):
     assert _front(points, lower) == front
 
 
@@ -77,7 +77,7 @@ def test_bars_are_as_long_as_the_shares_and_sorted(suite):
     assert rows["wemoe"]["normalised"]["clean"]["held-in"] in widths
 
 
-def test_a_panel_for_each_corruption_with_a_line_for_each_method(suite):
+def test_panel_per_corruption_with_a_line_per_method(suite):
     figure = draw_corruptions(suite)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["jpeg"]
     best = figure.axes[0].lines[0]
@@ -87,7 +87,7 @@ def test_a_panel_for_each_corruption_with_a_line_for_each_method(suite):
     assert list(best.get_ydata()) == pytest.approx(means)
 
 
-def test_a_score_that_is_missing_is_said_in_its_panel():
+def test_missing_score_is_noted_in_its_panel():
     cells = [
         cell("ties", "a", 0.7),
         cell("ties", "b", None, group="held-out"),
@@ -100,7 +100,7 @@ def test_a_score_that_is_missing_is_said_in_its_panel():
     assert second.get_title(loc="left") == "b (held out)"
 
 
-def test_a_method_that_is_always_wrong_is_drawn_too():
+def test_method_with_score_zero_is_plotted():
     cells = [cell("individual", "a", 0.8), cell("ties", "a", 0.0, ci95=(0.0, 0.01))]
     axes = draw_normalised(summarise(cells)["suites"][0]).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [1, 0]

@@ -107,7 +107,7 @@ def test_the_card_is_a_data_sets_and_shows_the_report(api, me, cells):
     assert "pictures/made-cost.png" in files
 
 
-def test_again_changes_nothing_and_what_others_wrote_survives(api, me, cells):
+def test_second_run_keeps_other_changes(api, me, cells):
     repo = f"{me}/results"
     first = push_results(plan_results(cells, repo, api=api), api)
     before = commits(api, repo)
@@ -143,7 +143,7 @@ def test_conflicting_push_changes_nothing(api, me, cells):
     assert commits(api, repo) == before
 
 
-def test_a_data_set_of_something_else_takes_no_cells(api, me, cells):
+def test_unrelated_dataset_repo_is_refused(api, me, cells):
     repo = f"{me}/mine"
     api.create_repo(repo, repo_type="dataset")
     api.upload_file(repo_id=repo, repo_type="dataset", path_in_repo="pictures/cat.png", path_or_fileobj=b"png")

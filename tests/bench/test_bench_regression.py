@@ -106,7 +106,7 @@ def test_rows_with_several_second_texts_are_refused():
         single(rows)
 
 
-def test_a_text_is_scored_once(made):
+def test_each_text_is_scored_once(made):
     setup, asked = RegressionSetup(*made, 500, 100), []
     scored = setup._scored
     setup._scored = lambda number, rows: asked.append((number, len(rows))) or scored(number, rows)
@@ -118,7 +118,7 @@ def test_a_text_is_scored_once(made):
 
 
 @torch.no_grad()
-def test_a_long_document_loses_its_end_and_the_question_stays(setup):
+def test_long_document_is_truncated_and_the_question_kept(setup):
     """T5's positions are relative: its tokenizer's limit, of 64 here, is none of the model's."""
     rows = Dataset.from_list([{"text": "fox " * 3000, "text_pair": "a dog"}])
     read = setup._read(2, rows).rows[0]["input_ids"]

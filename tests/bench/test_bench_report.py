@@ -110,7 +110,7 @@ def test_normalised_is_the_share_of_the_experts_on_the_same_tasks_and_condition(
     assert row_of(cells, "individual")["normalised"]["clean"]["held-in"] == pytest.approx(1)
 
 
-def test_where_less_is_better_shares_and_drops_are_turned_round_and_the_least_is_best():
+def test_error_metrics_invert_relative_scores_and_drops():
     given = {"metric": "perplexity"}
     cells = [
         cell("individual", "a", 8.0, **given),
@@ -214,7 +214,7 @@ def test_the_best_and_what_reads_the_same_are_marked_but_no_floor_or_ceiling():
             "**" in line_of(text, name)] == ["TIES", "Simple average"]  # fmt: skip
 
 
-def test_costs_say_what_one_model_takes():
+def test_costs_of_one_model_are_shown():
     cells = [
         cell("ties", task, 0.5, seed=seed, seconds=2.0 + seed, fuse_cpu_seconds=7.0, stored=22_000_000,
              active=11_000_000, peak_bytes=5_000_000, cost=1.5, parameters={"scaling": 0.30000001, "weight": [1.0] * 5})

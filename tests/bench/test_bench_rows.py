@@ -62,7 +62,7 @@ def test_the_language_suite_has_the_rows_of_its_experts():
         task_rows(suite, "snarks")
 
 
-def test_reactions_and_who_reads_them():
+def test_reaction_rows_and_unknown_models():
     suite = load_suite("rxnfp-2")
     own = task_rows(suite, "classes")
     assert (len(own.fit), len(own.test)) == (864, 864)

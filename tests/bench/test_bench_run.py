@@ -74,7 +74,7 @@ def test_cells_are_as_recorded(merged):
     as_recorded(merged[1], "merging")
 
 
-def test_every_technique_has_a_cell_for_each_task(merged):
+def test_every_method_has_a_cell_per_task(merged):
     _, cells = merged
     check_whole(cells, chosen(SOME, "merging"), list(CLASSES))
     left = {key[0]: cell.reason for key, cell in cells.items() if cell.status == "left out"}
@@ -170,7 +170,7 @@ run.run_suite(sys.argv[1], ["average", "task_arithmetic", "individual"], output=
 
 
 @pytest.mark.process
-def test_a_run_that_is_killed_goes_on_where_it_was(fine_tunes, merged, tmp_path):
+def test_killed_run_resumes(fine_tunes, merged, tmp_path):
     _, cells = merged
     arguments = [str(fine_tunes / "tiny.yaml"), str(tmp_path / "out"), str(fine_tunes / "data")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -230,7 +230,7 @@ def test_an_expert_with_nan_is_named(fine_tunes, tmp_path):
         measure(tmp_path, tmp_path / "out", "average", data_dir=fine_tunes / "data")
 
 
-def test_parameters_are_tuned_on_rows_that_are_not_tested(fine_tunes, merged, tmp_path, monkeypatch):
+def test_parameters_are_tuned_on_the_validation_split(fine_tunes, merged, tmp_path, monkeypatch):
     _, cells = merged
     suite, asked = load_suite(fine_tunes / "tiny.yaml"), []
     original = merging.MergingSetup.task_rows
@@ -390,7 +390,7 @@ def test_invalid_arguments_are_reported_in_one_error(fault, fine_tunes, tmp_path
     assert said in error and "Traceback" not in error
 
 
-def test_other_rows_do_not_go_into_the_same_folder(fine_tunes, merged):
+def test_other_settings_are_refused_in_the_same_folder(fine_tunes, merged):
     output, _ = merged
     with pytest.raises(FusionError, match=r"with --limit 24, not 5"):
         measure(fine_tunes, output, "average", limit=5)

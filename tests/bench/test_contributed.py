@@ -57,7 +57,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_they_are_measured(place, capsys):
+def test_suite_and_method_are_measured(place, capsys):
     for line in re.findall(r"^    (hf-fusion .*)$", SECTION[1], re.M):
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     cells = {(cell.method, cell.variant, cell.task): cell for cell in read_cells("results") if cell.score is not None}

@@ -37,7 +37,7 @@ def written(tmp_path):
     return write
 
 
-def test_a_file_says_all_of_a_suite(written):
+def test_suite_file_with_all_keys(written):
     suite = load_suite(written(WHOLE))
     assert (suite.name, suite.title, suite.kind, suite.build) == ("mine", "two", "merging", None)
     assert list(suite.tasks) == ["one", "two", "three"]
@@ -76,7 +76,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_fault_is_one_error(fault, written):
+def test_single_fault_gives_a_single_error(fault, written):
     (old, new), said = FAULTS[fault]
     assert old in WHOLE
     text = WHOLE.replace(old, new)
@@ -95,7 +95,7 @@ def test_a_suite_extends_another(written):
         load_suite(written("extends: mine\n", "third.yaml"))
 
 
-def test_no_such_suite():
+def test_unknown_suite_is_refused():
     with pytest.raises(FusionError, match="(?s)no suite 'minilm-9'.*minilm-8"):
         load_suite("minilm-9")
 
@@ -137,7 +137,7 @@ def test_fusionbench_has_26_tasks_and_74_models():
     assert len(models) == 74
 
 
-def test_a_checkpoint_of_many_experts_is_written_as_a_range():
+def test_experts_of_one_checkpoint_are_written_as_a_range():
     suite = load_suite("phatgoose-t0")
     assert len(suite.experts) == 36
     assert suite.experts["p3-18"] == "r-three/P3_Phatgoose#18" == suite.tasks["rotten_tomatoes"].expert

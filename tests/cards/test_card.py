@@ -144,7 +144,7 @@ def test_a_card_without_markers_keeps_its_text():
     assert render_card(FACTS, card) == card
 
 
-def test_old_results_go_with_the_text_that_gave_them():
+def test_results_of_an_earlier_card_are_removed():
     card = render_card(FACTS)
     assert "model-index" not in ModelCard(render_card(replace(FACTS, results=None), card)).data.to_dict()
     by_hand = "---\nmodel-index: [{name: x, results: []}]\n---\nhand"

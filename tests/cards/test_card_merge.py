@@ -58,7 +58,7 @@ def test_per_expert_parameters_are_listed_beside_the_expert(tmp_path):
     ]
 
 
-def test_a_sentence_transformer_is_loaded_as_one(tmp_path):
+def test_card_loads_sentence_transformers_by_their_library(tmp_path):
     recipe = Recipe("linear", (RecipeExpert(f"a/one@{SHA}"), RecipeExpert(f"a/two@{SHA}")))
     folder = saved(tmp_path, recipe)
     (folder / "modules.json").write_text("[]")

@@ -182,7 +182,7 @@ def test_says_how_routers_were_adapted():
     )
 
 
-def test_every_way_to_store_task_vectors_has_its_words():
+def test_every_task_vector_storage_is_described():
     assert set(TASK_VECTORS) <= set(STORAGE)
 
 

@@ -168,7 +168,7 @@ def test_a_hub_that_does_not_answer_is_named(hf_fusion):
     assert "Traceback" not in done.stderr
 
 
-def test_every_kind_of_exception_becomes_words_and_a_next_step():
+def test_every_exception_becomes_a_message_with_a_hint():
     missing = FileNotFoundError(2, "No such file or directory", "x.csv")
     for error, expected in {
         FusionError("it is so", "do this"): "it is so",
@@ -205,7 +205,7 @@ def test_interrupting_ends_with_130():
     assert (text, rest) == ("", "Interrupted.\n")
 
 
-def test_a_recipe_that_is_a_pipe_is_not_waited_for(hf_fusion, tmp_path):
+def test_recipe_that_is_a_pipe_is_refused_at_once(hf_fusion, tmp_path):
     os.mkfifo(tmp_path / "recipe.yaml")
     done = hf_fusion("fuse", str(tmp_path / "recipe.yaml"), "--output", "fused")
     assert done.returncode == 1 and "recipe.yaml is a pipe, not a file" in done.stderr

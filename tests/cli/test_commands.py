@@ -110,7 +110,7 @@ def test_from_what_discover_accepts_to_a_published_model(hf_fusion, hub, shop, t
     assert "model.safetensors" in {file.rfilename for file in info.siblings}
 
 
-def test_a_recipe_makes_the_same_again(here, fused, experts, tmp_path):
+def test_recipe_reproduces_the_model(here, fused, experts, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"method: foe\nexperts: [{experts[0]}, {experts[1]}]\n")
     made = json.loads(here("fuse", "recipe.yaml", "--output", "again", "--format", "json"))
     assert made["folder"] == str(tmp_path / "again")
@@ -159,7 +159,7 @@ def test_fit_writes_back_and_eval_leaves_results(hf_fusion, here, fused, rows):
         ("empty", "empty is not a file, a folder with data"),
     ],
 )
-def test_data_that_is_not_there_is_named(here, fused, tmp_path, data, message):
+def test_missing_data_is_named(here, fused, tmp_path, data, message):
     (tmp_path / "notes.txt").write_text("words")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FusionError, match=message) as error:

@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fuse_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
+def test_fuse_and_eval_write_everything_for_the_card(here, folders, tmp_path):
     experts = [str(folders / name) for name in ("foxes", "dogs")]
     here("fuse", "--method", "phatgoose", "--experts", *experts, "--set", "top_k=1", "--output", "fused")
     fused = tmp_path / "fused"
@@ -56,7 +56,7 @@ def test_fuse_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
         here("fit", "fuser", "fused", "--data", str(folders / "rows" / "test.parquet"))
 
 
-def test_a_recipe_makes_the_same_again(here, folders, tmp_path):
+def test_recipe_reproduces_the_model(here, folders, tmp_path):
     experts = [str(folders / name) for name in ("foxes", "bare")]
     words = ("--set", "missing_gates=arrow", "--set", "temperature=0.5")
     here("fuse", "--method", "phatgoose", "--experts", *experts, *words, "--output", "first")

@@ -42,7 +42,7 @@ def fused(here, folders) -> None:
 
 
 @pytest.mark.long
-def test_fuse_fit_and_eval_leave_all_that_a_card_shows(here, folders, tmp_path):
+def test_fuse_fit_and_eval_write_everything_for_the_card(here, folders, tmp_path):
     fused(here, folders)
     words = ("--loss", "entropy", "--steps", "4", "--batch-size", "4", "--tolerance", "1", "--diversity", "0.5")
     said = here("fit", "routers", "fused", "--data", str(folders / "rows"), *words)

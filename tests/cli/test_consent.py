@@ -191,7 +191,7 @@ KINDS = [*FUSED, *OTHERS]
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_code_runs_unasked(kind, verbs, made, planter, tmp_path):
+def test_no_code_runs_without_consent(kind, verbs, made, planter, tmp_path):
     """Every verb on every kind of folder, each with code in another place; the slow test has all places."""
     for number, verb in enumerate(verbs(kind).values()):
         place = PLACES[(11 * KINDS.index(kind) + number) % len(PLACES)]
@@ -201,7 +201,7 @@ def test_no_code_runs_unasked(kind, verbs, made, planter, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_code_runs_unasked_from_any_place(kind, place, verbs, made, planter, tmp_path):
+def test_no_code_runs_without_consent_from_any_file(kind, place, verbs, made, planter, tmp_path):
     for verb in verbs(kind).values():
         attack(planter, made / kind, place, tmp_path / "work" / kind, verb)
 
@@ -273,7 +273,7 @@ def test_errors_name_the_thing_the_place_and_the_next_command(kind, place, verb,
 
 @pytest.mark.parametrize("place", ["tokenizer_of_a_known_class", "config"])
 @pytest.mark.parametrize("kind", ["foxes", "foe", "merge"])
-def test_a_known_class_is_preferred_to_code(kind, place, made, planter, tmp_path):
+def test_library_class_is_preferred_to_remote_code(kind, place, made, planter, tmp_path):
     """The code that an auto_map names is not needed: it runs neither without consent nor with it."""
     folder = tmp_path / kind
     shutil.copytree(made / kind, folder)
@@ -398,7 +398,7 @@ def test_code_of_another_repo_never_runs(fused_with_code, planter):
 
 
 @pytest.mark.long
-def test_verbs_pass_consent_on(fused_with_code, made, here, planter):
+def test_commands_pass_consent_on(fused_with_code, made, here, planter):
     data = ("--data", str(made / "tasks.parquet"))
     consent = "--trust-remote-code"
     for family, part in (("foe", "fuser"), ("wemoe", "routers")):
@@ -434,7 +434,7 @@ def test_consent_does_not_extend_to_a_base_that_only_an_adapter_names(shouting, 
         ("tokenizer_of_a_known_class", "", True),
     ],
 )
-def test_discovery_says_which_experts_bring_code(place, said, agreed, made, planter, api, tmp_path):
+def test_discovery_marks_experts_with_code(place, said, agreed, made, planter, api, tmp_path):
     """What consent makes good, and what nothing does."""
     folder, repo = tmp_path / "foxes", f"consent/{place}"
     shutil.copytree(made / "foxes", folder)

@@ -25,7 +25,7 @@ def added(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(app.COMMANDS, "origins", "show which experts a fused model was made of")
 
 
-def test_it_shows_what_a_recipe_says(added, tmp_path, capsys):
+def test_command_lists_the_experts_of_a_recipe(added, tmp_path, capsys):
     Recipe("linear", (RecipeExpert("me/one"), RecipeExpert("me/two"))).save(tmp_path / "fusion.yaml")
     assert app.main(["origins", str(tmp_path), "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -159,7 +159,7 @@ def hostile(owner, tmp_path):
 
 
 @pytest.mark.process
-def test_no_verb_says_what_a_terminal_obeys(hub, owner, hostile, tmp_path):
+def test_no_command_prints_terminal_control_codes(hub, owner, hostile, tmp_path):
     folder, adapter = map(str, hostile)
     ids = [f"{owner.name}/full", f"{owner.name}/adapter"]
     verbs = [

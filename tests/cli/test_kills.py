@@ -176,7 +176,7 @@ QUICK = ("merge", "fit gates", "bench run")  # of which one kill is always tried
     ("name", "rounds"),
     [(name, 1) for name in QUICK] + [pytest.param(name, 20, marks=pytest.mark.slow) for name in VERBS],
 )
-def test_a_command_that_is_killed(name, rounds, processes, given, tmp_path):
+def test_killed_command(name, rounds, processes, given, tmp_path):
     """Seed 0: a moment at random of the time that the command takes, 20 times."""
     verb, work, randomness = VERBS[name], tmp_path / "work", random.Random(0)
 

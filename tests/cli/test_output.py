@@ -64,7 +64,7 @@ def test_json_is_one_document_with_raw_values():
     assert json.loads(said(out)[0]) == {"n": 2}
 
 
-def test_quiet_prints_one_column_and_no_more():
+def test_quiet_prints_one_column():
     out = speak("quiet")
     out.table(ROWS, key="rejected")
     out.result("Fused", folder="/somewhere", parameters=3)
@@ -74,7 +74,7 @@ def test_quiet_prints_one_column_and_no_more():
 
 
 @pytest.mark.parametrize("mode", ["human", "json", "quiet"])
-def test_warnings_and_errors_are_always_heard_on_stderr(mode):
+def test_warnings_and_errors_always_reach_stderr(mode):
     out = speak(mode)
     out.warning("no label 'nine'")
     out.error("it is gone", "look elsewhere")
@@ -103,7 +103,7 @@ def test_empty_table_prints_none():
     assert said(out)[0] == "Experts: none\n"
 
 
-def test_people_see_rounded_numbers_and_nothing_empty_while_json_has_all():
+def test_tables_are_rounded_and_json_is_complete():
     data = {
         "accuracy": 0.8430769443511963,
         "loss": 1.2345678e-05,

@@ -120,7 +120,7 @@ def test_gates_are_overwritten_only_with_the_option(hub, here, hf_fusion, loras,
     assert "keeper/lora-0 has gates already" in done.stderr
 
 
-def test_a_folder_of_something_else_becomes_no_hub_and_no_demo(tmp_path):
+def test_unrelated_folder_is_refused_by_hub_and_demo(tmp_path):
     (tmp_path / "work" / "tmp").mkdir(parents=True)
     (tmp_path / "work" / "tmp" / "thesis.txt").write_text("mine")
     before = content(tmp_path / "work")
@@ -139,7 +139,7 @@ def test_a_folder_of_something_else_becomes_no_hub_and_no_demo(tmp_path):
         pass
 
 
-def test_a_fuser_says_that_it_was_fitted(tmp_path):
+def test_fitted_fuser_records_that_it_was_fitted(tmp_path):
     torch.manual_seed(0)
     model = fuse("foe", [save_classifier(tmp_path / f"bert-{seed}", seed) for seed in (0, 1)])
     assert not model.config.fitted

@@ -125,7 +125,7 @@ def test_a_pipe_gets_lines_on_stderr_and_quiet_gets_none():
         assert (out.reporter() is not None) is there
 
 
-def test_a_terminal_gets_bars_that_make_room_for_lines():
+def test_terminal_bars_give_way_to_lines():
     out = Out("human", Terminal(), Terminal())
     bars = out.reporter()
     with reporting(bars), phase("Reading models", 4) as own:

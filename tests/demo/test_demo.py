@@ -33,7 +33,7 @@ def test_foe_beats_the_best_expert_by_ten_points_and_the_mean_ensemble_by_three(
     assert all(s.ci95[0] <= s.score <= s.ci95[1] for s in (p.only_score for p in results.predictors))
 
 
-def test_it_measures_what_its_card_says(folder, ran):
+def test_results_equal_those_of_the_card(folder, ran):
     assert departures_from_card(folder / "demo" / "foe-digits", "foe") == []
 
 
@@ -57,7 +57,7 @@ def test_experts_are_accepted_and_rejected_each_for_its_reason(ran, results):
     assert "left out: demo/regnet-lookalikes-nan has NaN or Inf in classifier.1.weight" in said
 
 
-def test_a_fresh_process_without_hf_fusion_says_the_same(ran):
+def test_fresh_process_without_hf_fusion_gives_equal_outputs(ran):
     summary, said = ran
     assert summary["identical"] is True
     assert re.findall(r"(Auto\w+)\.from_pretrained: logits +identical", said) == [
@@ -87,7 +87,7 @@ def test_published_repo_survives_a_hub_restart(folder, ran):
         assert picture.size[0] > 1000
 
 
-def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
+def test_second_run_makes_no_commits_and_gives_equal_results(folder, ran):
     first, _ = ran
     before = commits(folder)
     again, said = run_demo(folder, *DEMO)

@@ -89,7 +89,7 @@ def test_experts_differ_in_what_they_are_and_fit_into_the_package():
     }
 
 
-def test_every_cell_is_known_by_two_specialists():
+def test_each_cell_has_two_specialists():
     specialists = [known for name, known in KNOWN.items() if name != "vit-tiny-digits"]
     for digit, source in product(range(10), SOURCES):
         assert sum(digit in own and source in sources for own, sources in specialists) >= 2, (digit, source)
@@ -167,7 +167,7 @@ def test_voting_model_needs_trust_remote_code(rows, wrong):
     assert sum(a == b for a, b in zip(answers, test["label"], strict=True)) / len(test) >= 0.7
 
 
-def test_voting_code_travels_alone(wrong):
+def test_voting_code_is_self_contained(wrong):
     code = (wrong["vit-tiny-voting"].folder / "modeling_voting_vit.py").read_text()
     imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}

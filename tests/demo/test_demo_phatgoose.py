@@ -38,7 +38,7 @@ def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
     assert "PHATGOOSE's lead with its 95 % interval" in said
 
 
-def test_it_measures_what_its_card_says(folder, ran):
+def test_results_equal_those_of_the_card(folder, ran):
     assert departures_from_card(folder / "demo" / "router", "phatgoose") == []
 
 
@@ -66,7 +66,7 @@ def test_trained_gates_have_the_scale_of_the_shipped_ones(folder, ran):
     assert sum(similar) / len(similar) > 0.95
 
 
-def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
+def test_fresh_process_without_hf_fusion_and_peft_gives_equal_outputs(ran):
     summary, said = ran
     assert summary["identical"] is True
     assert re.findall(r"AutoModelForCausalLM.from_pretrained: (\w+) +identical", said) == ["logits", "answers"]
@@ -97,7 +97,7 @@ def test_published_repo_survives_a_hub_restart(folder, ran):
         assert picture.size[0] > 1000
 
 
-def test_a_second_run_trains_and_commits_nothing_and_comes_to_the_same(folder, ran):
+def test_second_run_neither_trains_nor_commits(folder, ran):
     first, _ = ran
     before = commits(folder)
     again, said = run_demo(folder, *DEMO)

@@ -52,7 +52,7 @@ def test_every_class_is_as_frequent_as_another():
         assert max(counts.values()) < 2 * min(counts.values()), task
 
 
-def test_a_picture_shows_what_its_label_says():
+def test_image_matches_its_label():
     plain = [pixels(image)[..., 0] for image, _ in picture_pairs("digit", 30)]
     turned = [(255 - pixels(image)[..., 0], label) for image, label in picture_pairs("turned", 30)]
     assert all((np.rot90(whole, label) == own).all() for whole, (own, label) in zip(plain, turned, strict=True))
@@ -76,7 +76,7 @@ def test_unknown_tasks_and_splits_are_named():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_fine_tune_does_on_test_rows_what_its_card_says(task):
+def test_fine_tune_reaches_the_accuracy_of_its_card(task):
     model = AutoModelForImageClassification.from_pretrained(FINE_TUNES[task]).eval()
     assert tuple(model.config.id2label[i] for i in range(model.config.num_labels)) == TASKS[task].labels
     rows = task_rows(task, "test")
@@ -119,7 +119,7 @@ def test_incompatible_experts_are_rejected_with_a_reason(ran):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
+def test_fresh_process_without_hf_fusion_and_peft_gives_equal_outputs(ran):
     summary, said = ran
     assert summary["identical"] is True
     assert re.findall(r"(logits|answers) +identical", said) == ["logits", "answers"]
@@ -127,7 +127,7 @@ def test_a_fresh_process_without_hf_fusion_and_peft_says_the_same(ran):
 
 
 @pytest.mark.slow
-def test_it_measures_what_its_card_says(folder, ran):
+def test_results_equal_those_of_the_card(folder, ran):
     assert departures_from_card(folder / "demo" / "merged", "wemoe") == []
 
 
@@ -155,7 +155,7 @@ def test_published_repo_survives_a_hub_restart(folder, ran):
 
 
 @pytest.mark.slow
-def test_a_second_run_commits_nothing_and_comes_to_the_same(folder, ran):
+def test_second_run_makes_no_commits_and_gives_equal_results(folder, ran):
     first, _ = ran
     before = commits(folder)
     again, said = run_demo(folder, *DEMO)

@@ -27,7 +27,7 @@ def distance(one: Image.Image, other: Image.Image) -> float:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_same_seed_same_picture_and_worse_at_severity_5(name, mode):
+def test_corruption_is_deterministic_and_strongest_at_severity_5(name, mode):
     clean = picture(mode)
     before = clean.tobytes()
     mild, severe = ([corrupt(clean, name, severity, seed) for seed in range(8)] for severity in (1, 5))

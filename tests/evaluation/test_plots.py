@@ -54,7 +54,7 @@ def test_every_kind_of_predictor_is_drawn_in_its_colour(results, tmp_path):
         assert (np.abs(pixels - wanted).max(-1) <= 3).sum() > 50, colour
 
 
-def test_a_metric_without_shares_and_without_a_curve_is_drawn_too(results, tmp_path):
+def test_metric_without_relative_scores_is_plotted(results, tmp_path):
     results.tasks[0].metric, results.curve = "mse", []
     assert plot_accuracy_cost(results, tmp_path / "plot.svg").read_text().startswith("<?xml")
 

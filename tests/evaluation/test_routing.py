@@ -277,7 +277,7 @@ def test_the_embedder_ignores_padding(tmp_path):
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
 
 
-def test_an_encoder_decoder_is_measured_as_it_answers():
+def test_encoder_decoder_is_evaluated_by_generation():
     base = tiny.t5()
     experts = []
     for seed in range(2):

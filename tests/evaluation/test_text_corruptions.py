@@ -51,7 +51,7 @@ def test_typos_are_small():
             assert sorted(typed[-1:]) == sorted(word[-1:]) or len(word) < 3 or typed[-2:] == word[-1] + word[-2]
 
 
-def test_casing_changes_nothing_but_cases():
+def test_casing_changes_only_case():
     text = corrupt_text(TEXT, "casing", 5, 3)
     assert text.lower() == TEXT.lower() and text != TEXT
     assert all(word.upper() == own or word.swapcase() == own for word, own in zip(WORDS, text.split(), strict=True))
@@ -78,7 +78,7 @@ def test_noise_words_are_put_among_the_words():
 
 
 @pytest.mark.parametrize("name", TEXT_CORRUPTIONS)
-def test_texts_of_nothing_stay_as_they_are(name):
+def test_empty_texts_are_unchanged(name):
     for text in ("", " ", "\n"):
         assert corrupt_text(text, name, 5, 0) == text
 
@@ -115,7 +115,7 @@ def test_conditions_are_named_by_corruption_and_severity():
         ("", False, "no corruption ''"),
     ],
 )
-def test_conditions_that_there_are_not(word, is_image, said):
+def test_unknown_corruptions_are_refused(word, is_image, said):
     with pytest.raises(FusionError, match=said) as told:
         parse_corruptions([word], is_image)
     assert "all or" in str(told.value)

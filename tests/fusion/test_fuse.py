@@ -31,7 +31,7 @@ def logits(model):
         return model(**model.processor(TEXTS)).logits
 
 
-def test_the_verb_is_public():
+def test_command_function_is_public():
     assert hf_fusion.fuse is fuse
 
 
@@ -59,7 +59,7 @@ def test_recipe_makes_the_same_model_again(owner, ids, tmp_path):
     assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
 
 
-def test_recipe_keeps_the_task_and_opens_no_doors(owner, ids):
+def test_recipe_keeps_the_task_but_not_consent(owner, ids):
     recipe = fuse("foe", ids, task="text-classification", api=owner.api).fusion_recipe
     assert recipe.parameters == {"task": "text-classification"}
     assert fuse_recipe(recipe, api=owner.api).fusion_recipe == recipe

@@ -100,7 +100,7 @@ def test_missing_gates_are_refused_or_stood_in_for(folders):
     assert model.fusion_recipe.parameters == {"missing_gates": "arrow"}
 
 
-def test_a_mix_of_gates_is_recorded_and_its_recipe_makes_the_same_again(folders):
+def test_mixed_gates_are_recorded_and_reproduced(folders):
     """One expert brings its own, one gets average activations from a folder, one Arrow prototypes."""
     for seed, name in enumerate(("average", "bare"), 2):
         save_lora(folders / name, str(folders / "base"), seed=seed, gates=False)

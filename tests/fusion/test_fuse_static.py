@@ -121,7 +121,7 @@ def test_every_method_gives_a_plain_model(method, folders, tmp_path):
         assert model.fusion_recipe.method == method
 
 
-def test_an_adapter_in_memory_is_what_peft_makes_of_it(folders, tmp_path):
+def test_adapter_in_memory_equals_peft(folders, tmp_path):
     peft_model = save_adapter(tmp_path / "adapter", folders["base"], ("a", "b", "c"), base_name=str(folders["base"]))
     [expert] = load_experts([tmp_path / "adapter"])
     models = [fuse("linear", [given]) for given in (expert, tmp_path / "adapter")]
@@ -185,7 +185,7 @@ def test_remote_code_runs_with_consent_and_is_copied(tmp_path):
         assert torch.equal(read(pixels).logits, model(pixels).logits)
 
 
-def test_dtype_and_nothing_left_behind(folders, tmp_path, monkeypatch):
+def test_dtype_is_set_and_no_files_are_left(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = fuse("ties", [folders["one"], folders["two"]], folders["base"], dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16

@@ -51,7 +51,7 @@ def test_phatgoose_and_models_in_memory(kind, made):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["foe", "wemoe"])
-def test_foe_and_wemoe_say_what_to_do(family, kind, made):
+def test_foe_and_wemoe_give_a_hint(family, kind, made):
     folder, models = made
     options = {"foe": {"mode": "selection"}, "wemoe": {"scaling": 1.0}}[family]
     experts = [folder / kind, folder / "neither"]

@@ -189,7 +189,7 @@ def test_a_newer_format_says_what_to_do(kind, folder_of):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_folder_of_before_there_were_formats_loads(kind, folder_of):
+def test_folder_without_a_format_version_loads(kind, folder_of):
     folder = folder_of(kind)
     with torch.no_grad():
         wanted = load_fused(folder)[0](**TEXT).logits
@@ -215,7 +215,7 @@ def test_a_weight_that_is_not_finite_is_named(kind, value, folder_of):
         refused(folder, f"{name} holds NaN or Inf")
 
 
-def test_large_weights_are_not_taken_for_infinite_ones_until_they_are(folder_of):
+def test_large_finite_weights_are_accepted(folder_of):
     """Their sum overflows float32, they do not; float16 does not hold them."""
     folder = folder_of("phatgoose")
     tensors = load_file(folder / "model.safetensors")
@@ -241,7 +241,7 @@ def test_bits_of_bfloat16_are_read_as_numbers(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", LOADERS)
-def test_no_weight_is_left_to_chance(kind, folder_of):
+def test_no_weight_is_randomly_initialised(kind, folder_of):
     """Every tensor in turn: missing, or there twice under another name."""
     folder = folder_of(kind)
     tensors = load_file(folder / "model.safetensors")

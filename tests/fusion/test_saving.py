@@ -68,7 +68,7 @@ WAYS: dict[str, Callable] = {
 @pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_to_save_writes_the_recipe(kind, way, models, tmp_path):
+def test_every_saving_method_writes_the_recipe(kind, way, models, tmp_path):
     WAYS[way](models[kind], tmp_path / "fused")
     recipe = Recipe.load(tmp_path / "fused")
     assert recipe == models[kind].fusion_recipe

@@ -129,7 +129,7 @@ ATTACKS = {
 @pytest.mark.long
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fused_folder_that_leads_out(family, attack, folders):
+def test_fused_folder_with_a_link_outside(family, attack, folders):
     reason = ATTACKS[attack](folders / family)
     with pytest.raises(FusionError, match=reason):
         load_fused(folders / family)
@@ -212,7 +212,7 @@ def test_a_folders_content_is_not_that_of_a_link(folders):
         hash_folder(folders / "one")
 
 
-def test_a_card_is_not_written_over_what_a_link_leads_to(folders):
+def test_card_is_not_written_through_a_link(folders):
     (folders / "secret.txt").write_text("secret")
     (folders / "linear" / "README.md").symlink_to("../secret.txt")
     with pytest.raises(FusionError, match="README.md is a link to .*secret.txt, outside"):
@@ -237,7 +237,7 @@ for _ in range(2):  # from the Hub, and from its cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CLASSES)
-def test_a_published_model_that_leads_out(family, hub, owner, folders, fresh_python, tmp_path):
+def test_published_model_with_a_link_outside(family, hub, owner, folders, fresh_python, tmp_path):
     """A pinned revision is looked for in the cache first, where a path that is absolute leads anywhere."""
     indexed("{secret}/model.safetensors")(folders / family)
     (folders / family / "sub").unlink()

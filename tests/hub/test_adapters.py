@@ -228,7 +228,7 @@ def test_config_problems_empty_for_plain_lora():
     assert config_problems(LoraConfig(r=4, target_modules=["query"]).to_dict() | {"peft_type": "LORA"}) == []
 
 
-def test_an_adapter_of_a_part_finds_its_place(tmp_path):
+def test_adapter_of_a_submodule_is_placed(tmp_path):
     """As those of CLIP's vision tower, whose paths start there; where two parts would do, it stays as it is."""
     vision = CLIPVisionConfig(image_size=16, patch_size=8, **CLIP)
     clip = CLIPModel(CLIPConfig(text_config={**CLIP, "hidden_size": 48}, vision_config=vision.to_dict()))

@@ -159,7 +159,7 @@ def test_static_methods(place, method, tmp_path):
     assert ours.recipe.base == f"{place.id}@{place.sha}" == Recipe.load(ours.folder).base
 
 
-def test_one_without_adapters_is_refused_before_anything_is_fetched(place):
+def test_checkpoint_without_adapters_is_refused_before_download(place):
     place.hub.requests.clear()
     with pytest.raises(FusionError, match="is not needed: no expert is an adapter"):
         plan_merge(Recipe("linear", (RecipeExpert(place.id),), "nobody/other"), place.api)
@@ -182,7 +182,7 @@ def test_base_before_a_plus_applies_to_that_adapter_only(place, tmp_path, caplog
 
 
 @pytest.mark.parametrize("method", ["linear", "lora", "foe"])
-def test_an_impossible_one_is_refused_by_name(place, method, tmp_path):
+def test_impossible_value_is_refused_by_name(place, method, tmp_path):
     ids = place.push(place.id)
     wide = BertConfig(vocab_size=8, **WIDE, id2label=BERT.id2label, label2id=BERT.label2id)
     place.owner.push("wide", save_bert(tmp_path / "wide", config=wide))

@@ -81,7 +81,7 @@ def shadowed(hub, owner, tmp_path, monkeypatch):
     ],
     ids=["resolve", "load", "discover", "fuse", "static", "merge"],
 )
-def test_a_branch_called_like_a_commit_is_refused(shadowed, ask, form):
+def test_branch_named_like_a_commit_is_refused(shadowed, ask, form):
     api, repo, asked, given = shadowed
     with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
         ask(api, f"{repo}@{form(asked)}")

@@ -283,7 +283,7 @@ def test_strangers_files_never_raise(file, content, judge, tmp_path):
     assert all(reasons.values())
 
 
-def test_repos_that_vanish(owner, tmp_path):
+def test_deleted_repos_are_reported(owner, tmp_path):
     owner.push("full", save_bert(tmp_path / "full"))
     infos = discover(ids=[f"{owner.name}/full"], api=owner.api)
     owner.api.delete_repo(f"{owner.name}/full")

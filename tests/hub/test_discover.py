@@ -41,7 +41,7 @@ def test_by_tag_pins_and_reads(owner, shelf, tmp_path):
     assert discover(tags=["hf-fusion-expert", "other"], author=owner.name, api=owner.api).table() == []
 
 
-def test_a_folder_of_the_same_name_is_not_meant(owner, shelf, tmp_path, monkeypatch):
+def test_folder_named_like_a_repo_is_not_used(owner, shelf, tmp_path, monkeypatch):
     (tmp_path / "here" / owner.name / "full").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     (info,) = discover(author=owner.name, api=owner.api)
@@ -56,7 +56,7 @@ def test_untagged_adapters_of_a_base(owner, shelf):
     assert (info.task, info.labels, info.has_gates) == ("text-classification", ("no", "yes"), False)
 
 
-def test_a_sha_stays_the_one_discovered(owner, shelf):
+def test_discovered_sha_is_kept(owner, shelf):
     (before,) = discover(author=owner.name, api=owner.api)
     owner.api.upload_file(repo_id=before.id, path_in_repo="note.txt", path_or_fileobj=b"new")
     (after,) = discover(author=owner.name, api=owner.api)
@@ -86,7 +86,7 @@ def asked_for(hub, owner):
     return found
 
 
-def test_an_expert_takes_three_requests_over_discovery_and_check(hub, owner, shelf):
+def test_discovery_and_check_take_three_requests_per_expert(hub, owner, shelf):
     hub.requests.clear()
     found = discover(author=owner.name, base_model=f"{owner.name}/base", api=owner.api)
     adapter = ["GET adapter_config.json", "GET adapter_model.safetensors", "GET config.json"]

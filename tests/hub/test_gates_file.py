@@ -64,7 +64,7 @@ def test_large_gates_are_kept_in_single_precision(irony, loaded):
     assert all(again.vectors[path].equal(vector) for path, vector in given.vectors.items())
 
 
-def test_a_save_replaces_the_file_or_leaves_it(irony):
+def test_save_replaces_the_file_or_keeps_it(irony):
     save_gates(gates(), irony)
     before = (irony / GATES_FILE).read_bytes()
     for bad in (Gates({}), Gates({QUERIES[0]: torch.full((16,), torch.nan)}), Gates({QUERIES[0]: torch.ones(4, 4)})):
@@ -84,7 +84,7 @@ def test_a_folder_without_gates(irony, loaded):
     assert load_experts([irony])[0].gates is None
 
 
-def test_a_strangers_file_counts_as_trained(irony, loaded):
+def test_gates_without_valid_facts_count_as_trained(irony, loaded):
     save_file(gates().vectors, irony / GATES_FILE)
     assert read_gates(irony, "irony", *loaded).kind == "trained"
     save_file(gates().vectors, irony / GATES_FILE, metadata={"kind": "<b>", "steps": "many", "loss_after": "0.5"})
@@ -223,7 +223,7 @@ def test_invalid_pushes_are_refused(owner, anyone, irony, tmp_path):
     assert owner.api.model_info(repo).sha == head
 
 
-def test_a_push_in_between_is_not_lost(hub, owner, irony):
+def test_concurrent_push_is_not_lost(hub, owner, irony):
     """Somebody edits the card after we read it: ours is refused, and run again it keeps both."""
     (irony / "README.md").write_bytes(CARD.encode())
     owner.push("irony", irony)
@@ -267,7 +267,7 @@ def test_a_push_in_between_is_not_lost(hub, owner, irony):
         "# nothing but this\n",
     ],
 )
-def test_a_tag_goes_in_front_and_every_other_byte_stays(head):
+def test_tag_is_prepended_and_other_bytes_are_kept(head):
     text = f"---\n{head}---\n\nwords: ---\n"
     edited = add_tag(text, "new")
     before = yaml.safe_load(head) or {}

@@ -149,14 +149,14 @@ def check(types, count):
 
 @pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured as Linux tells it")
-def test_configurations_that_promise_too_much():
+def test_oversized_configurations():
     said = [row[3] for row in check(FEW, 0)]
     assert "it: config.json promises max_position_embeddings=1000000000, the weights are 300 tensors." in said
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured as Linux tells it")
-def test_more_configurations_that_promise_too_much():
+def test_more_oversized_configurations():
     check(NAMED, 500)
 
 

@@ -72,7 +72,7 @@ ABSURD = [{"num_hidden_layers": 10**9}, {"num_labels": 10**12}, {"hidden_size": 
 
 
 @pytest.mark.parametrize("promise", ABSURD)
-def test_absurd_configs_take_no_memory(promise, tmp_path):
+def test_implausible_configs_take_no_memory(promise, tmp_path):
     folder = save_bert(tmp_path / "mood")
     edit_json(folder / "config.json", **promise, id2label=None)
     with pytest.raises(FusionError, match="mood: "):
@@ -227,7 +227,7 @@ def test_broken_config(content, reason, tmp_path):
         load_experts([folder])
 
 
-def test_says_nothing_on_stderr(tmp_path, capfd, caplog):
+def test_prints_nothing_on_stderr(tmp_path, capfd, caplog):
     base = save_bert(tmp_path / "base", auto=AutoModel)
     save_adapter(tmp_path / "irony", base)
     capfd.readouterr()

@@ -75,7 +75,7 @@ def test_a_full_expert_borrows_its_processor(hub, owner, tmp_path):
     assert not [path for _, path, _ in hub.requests if "base/resolve" in path and path.endswith(".safetensors")]
 
 
-def test_reads_only_what_it_needs(hub, owner, tmp_path):
+def test_only_needed_tensors_are_read(hub, owner, tmp_path):
     folder = save_bert(tmp_path / "mood")
     for extra in ("pytorch_model.bin", "training_args.bin", "odd.py", "onnx/model.onnx", "old/model.safetensors"):
         (folder / extra).parent.mkdir(exist_ok=True)
@@ -122,7 +122,7 @@ def test_pickles_stay_on_the_hub(hub, owner, tmp_path):
     assert expert.labels == ["no", "yes", "maybe"]
 
 
-def test_a_strangers_adapter_names_no_folder_here(owner, tmp_path):
+def test_local_base_path_of_a_hub_adapter_is_not_opened(owner, tmp_path):
     """A path recorded by somebody else must not make this machine read a folder of its own."""
     base = save_bert(tmp_path / "base", auto=AutoModel)
     save_adapter(tmp_path / "irony", base)
@@ -190,7 +190,7 @@ def test_one_progress_bar(hub, owner, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_download_goes_on(hub, owner, tmp_path):
+def test_killed_download_resumes(hub, owner, tmp_path):
     """What arrived in full is not fetched again. (Within a file the client itself starts anew.)"""
     big = BertConfig(**{**BERT.to_dict(), "vocab_size": 200_000, "hidden_size": 64})
     names = [f"{owner.name}/big-{number}" for number in range(12)]

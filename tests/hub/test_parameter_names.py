@@ -31,7 +31,7 @@ def llava(seed=0, **options):
 
 
 @pytest.mark.parametrize("layout", ["saved", "loaded"])
-def test_a_class_that_was_rearranged(tmp_path, layout):
+def test_rearranged_class(tmp_path, layout):
     model = llava()
     model.save_pretrained(tmp_path)  # in the layout of the checkpoints that were there first
     file = tmp_path / "model.safetensors"

@@ -71,7 +71,7 @@ def authors(model, tensors):
 
 
 @torch.no_grad()
-def test_they_route_as_their_authors_do(repo, owner, tmp_path):
+def test_routing_equals_the_reference_implementation(repo, owner, tmp_path):
     name, sha = repo
     experts = load_experts([f"{name}#{number}" for number in range(EXPERTS)], api=owner.api)
     assert [expert.name for expert in experts] == [f"{name}#{number}" for number in range(EXPERTS)]

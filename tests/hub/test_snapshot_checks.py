@@ -262,13 +262,13 @@ def crossed(routes, attacks):
 
 
 @pytest.mark.parametrize(("route", "attack"), crossed(FULL_ROUTES, FULL))
-def test_a_model_that_leads_out(route, attack, folders):
+def test_model_with_a_link_outside(route, attack, folders):
     run, name = FULL_ROUTES[route]
     check(FULL[attack], run, folders / name)
 
 
 @pytest.mark.parametrize(("route", "attack"), crossed(ADAPTER_ROUTES, ADAPTER))
-def test_an_adapter_that_leads_out(route, attack, folders):
+def test_adapter_with_a_link_outside(route, attack, folders):
     run, name = ADAPTER_ROUTES[route]
     check(ADAPTER[attack], run, folders / name)
 
@@ -292,7 +292,7 @@ def test_links_within_a_folder_and_a_linked_folder_are_followed(folders):
     "attack",
     ["absolute", "above", "link to a folder", "windows", "pickled", "other weights", "tokenizer elsewhere", "module"],
 )
-def test_a_repo_that_leads_out(attack, owner, folders):
+def test_repo_with_a_link_outside(attack, owner, folders):
     one, repo = folders / "one", f"{owner.name}/one"
     reason = FULL[attack](one).replace("one: ", f"{repo}: ")
     (one / "sub").unlink(missing_ok=True)

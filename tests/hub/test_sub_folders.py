@@ -114,7 +114,7 @@ def test_modules_that_only_some_models_have_are_a_mismatch(folders, tmp_path):
         refused(r"2_Dense/linear\.weight", recipe, tmp_path)
 
 
-def test_an_earlier_merge_leaves_no_modules_behind(folders, tmp_path):
+def test_modules_of_an_earlier_merge_are_removed(folders, tmp_path):
     merge(task_arithmetic(folders), tmp_path / "out")
     bodies = {name: folder.with_name(f"{name}-body") for name, folder in folders.items()}
     merge(task_arithmetic(bodies), tmp_path / "out", overwrite=True)
@@ -263,7 +263,7 @@ def test_additional_templates_come_with_the_chosen_template(tmp_path):
     assert has_templates(tmp_path / "given")
 
 
-def test_adapters_that_became_one_keep_their_folders(tmp_path):
+def test_merging_adapters_keeps_their_folders(tmp_path):
     base = save_sentences(tmp_path / "base", dense=False)
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)

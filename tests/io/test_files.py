@@ -62,7 +62,7 @@ def growing(file: Path, most: int = 200_000_000):
 # ---------------------------------------------------------------- links
 
 
-def test_a_link_is_followed_within_its_folder_alone(folder):
+def test_link_is_followed_only_within_its_folder(folder):
     (folder / "sub").mkdir()
     (folder / "sub" / "deep.json").write_text("{}")
     (folder / "beside.json").symlink_to("config.json")
@@ -173,7 +173,7 @@ def test_pipes_sockets_and_devices_are_refused_at_once(special, folder):
         check_snapshot(folder, "model")
 
 
-def test_a_file_that_grows(folder):
+def test_growing_file(folder):
     file = folder / "vocab.json"
     file.write_text("{}")
     with growing(file), soon(20), pytest.raises(FusionError, match=r"vocab.json (grows while it is read|has .* bytes)"):
@@ -181,12 +181,12 @@ def test_a_file_that_grows(folder):
             read_file(file)
 
 
-def test_a_file_that_says_it_is_empty_and_is_not():
+def test_file_with_a_wrong_reported_size():
     with pytest.raises(FusionError, match="grows while it is read"):
         read_file(Path("/proc/self/status"), Path("/proc"))
 
 
-def test_a_folder_that_is_being_written_to(folder):
+def test_folder_that_is_being_written(folder):
     for number in range(20):
         (folder / f"tokenizer{number}.index.json").write_text('{"weight_map": {"a": "b"}}')
     file = folder / "vocab.json"

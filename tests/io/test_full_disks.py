@@ -203,7 +203,7 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_a_command_says_it_in_a_line(disk, place, capsys):
+def test_error_is_one_line(disk, place, capsys):
     """Exit code 1, no traceback; nothing is left."""
     words = ["fuse", "--method", "linear", "--experts", str(place / "foxes"), str(place / "dogs"), "--output"]
     before = contents(disk.path)

@@ -101,7 +101,7 @@ def test_pipes_and_oversized_files_are_refused_at_once(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
-def test_no_picture_takes_much_memory(tmp_path):
+def test_images_take_little_memory(tmp_path):
     turned = Pillow.Exif()
     turned[0x0112] = 6
     largest = {  # the formats whose decoders take most
@@ -166,7 +166,7 @@ def test_rows_of_a_file_are_opened_within_limits(hostile_rows):
             list(changed["image"])
 
 
-def test_a_picture_with_a_name_is_called_by_it():
+def test_named_image_is_reported_by_name():
     content, said = REFUSED["cut.jpg"]
     rows = ours(rows_of(content, content, path="shots/seven.jpg"), Task("digits", "data:digits"))
     with pytest.raises(FusionError, match="seven.jpg in row 0 of the data set.*truncated"):

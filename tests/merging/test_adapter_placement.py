@@ -233,7 +233,7 @@ def test_a_new_head_brings_its_labels(tmp_path):
     assert load_file(tmp_path / "two" / "model.safetensors").keys() == ours.state_dict().keys()
 
 
-def test_several_on_a_body_that_is_their_base_too(tmp_path):
+def test_several_adapters_on_a_headless_base(tmp_path):
     """The body has no head: the experts' own are left out where the recipe says so."""
     base = save_base(tmp_path / "base", "BertModel", BERT)
     settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
@@ -281,7 +281,7 @@ def test_mismatched_bases_are_reported(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layer_that_neither_has_is_refused(tmp_path):
+def test_layer_missing_in_both_models_is_refused(tmp_path):
     """A masked language model has no pooler, which the classifier needs and the adapter did not save."""
     base = save_base(tmp_path / "base", "BertForMaskedLM", BERT)
     settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}

@@ -88,7 +88,7 @@ def test_files_of_safetensors_are_read(tmp_path):
     assert {name: entry.shape for name, entry in found.items()} == {k: tuple(v.shape) for k, v in tensors.items()}
 
 
-def test_a_header_without_end_is_read_before_it_is_believed(tmp_path):
+def test_header_length_is_checked_before_reading(tmp_path):
     file = tmp_path / SINGLE
     with file.open("wb") as stream:  # a hole: 200 MB that take no room
         stream.write((150_000_000).to_bytes(8, "little"))
@@ -99,7 +99,7 @@ def test_a_header_without_end_is_read_before_it_is_believed(tmp_path):
     assert time.perf_counter() - began < 1
 
 
-def test_many_names_twice_take_no_longer(tmp_path):
+def test_many_duplicate_names_take_linear_time(tmp_path):
     rows = ",".join(f'"{i}":1' for i in [*range(200_000), 199_999])
     write_raw(tmp_path / SINGLE, f"{{{rows}}}", b"")
     began = time.perf_counter()
@@ -246,7 +246,7 @@ def test_missing_and_special_files_are_refused(name, kind, sharded, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "nan", "[" * 100_000, '{"a":' * 100_000, "\udcff"])
-def test_configurations_that_are_none(text, folders, tmp_path):
+def test_invalid_configurations_are_refused(text, folders, tmp_path):
     (folders[0] / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     refused("base: config.json", recipe_of(folders), tmp_path / "out", tmp_path)
 
@@ -364,7 +364,7 @@ def test_recipes_that_are_not_there(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["~nobody/model", "a" * 5000, "../../x/y", "x\0y", "\x1b[2J", "nowhere/at/all", "a/b"])
-def test_models_that_are_not_there(name, folders, tmp_path):
+def test_missing_models_are_reported(name, folders, tmp_path):
     refused(".", recipe_of([folders[0], name]), tmp_path / "out", tmp_path)
 
 
@@ -401,7 +401,7 @@ def test_an_output_that_is_the_base_of_an_adapter(tmp_path):
     refused("overlaps the input", Recipe("linear", (RecipeExpert(str(own)),)), base, tmp_path)
 
 
-def test_outputs_that_no_folder_can_be_put_to(folders, tmp_path):
+def test_invalid_output_paths(folders, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
@@ -446,7 +446,7 @@ def test_an_output_on_a_disk_that_is_read_only(folders, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_an_output_that_holds_what_is_not_ours(folders, tmp_path):
+def test_output_folder_with_other_files(folders, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "work.py").write_text("mine")

@@ -155,7 +155,7 @@ def test_positions():
     assert fit_config(content, shapes, []) == {**content, "n_positions": 12}
 
 
-def test_a_model_that_transformers_does_not_know(tmp_path, capsys):
+def test_model_unknown_to_transformers(tmp_path, capsys):
     folders = models(tmp_path)
     for name, rows in (("first", 9), ("second", 9)):
         (tmp_path / name).mkdir()
@@ -194,7 +194,7 @@ def one_side(tmp_path):
     return tmp_path
 
 
-def test_a_merge_that_would_not_load_leaves_nothing_behind(one_side, capsys):
+def test_unloadable_merge_leaves_no_output(one_side, capsys):
     experts = [one_side / "one", one_side / "two"]
     before = tree(one_side)
     told = r"would not load: model.embed_tokens.weight is \[42, 16\], config.json promises \[40, 16\]"
@@ -239,7 +239,7 @@ def test_written_files_match_the_plan(tmp_path):
         _check_written(planned, tmp_path / "other")
 
 
-def test_a_config_that_another_process_spoils(grown, tmp_path):
+def test_config_corrupted_by_another_process(grown, tmp_path):
     planned = plan_merge(recipe_for("linear", [grown / "one", grown / "two"]))
     merge(planned.recipe, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -248,7 +248,7 @@ def test_a_config_that_another_process_spoils(grown, tmp_path):
         _check_written(planned, tmp_path / "out")
 
 
-def test_the_check_takes_little(grown):
+def test_check_takes_little_time_and_memory(grown):
     """Without the imports, which are done once: a second of one core, on any machine."""
     recipe = recipe_for("linear", [grown / "one", grown / "two"])
     planned = plan_merge(recipe)
@@ -257,7 +257,7 @@ def test_the_check_takes_little(grown):
     assert time.process_time() - began < 1
 
 
-def test_the_body_of_a_model(tmp_path):
+def test_body_of_a_model(tmp_path):
     for seed, name in enumerate(("base", "one")):
         torch.manual_seed(seed)
         BertModel(BertConfig(**SIZES, vocab_size=40)).save_pretrained(tmp_path / name)

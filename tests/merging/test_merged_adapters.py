@@ -113,7 +113,7 @@ def test_svd_is_optimal_for_its_rank_and_reports_its_error(tmp_path):
     assert report.error == pytest.approx((lost / norm) ** 0.5, abs=1e-5) and report.error > 0.1
 
 
-def test_a_rank_that_holds_all_of_it_loses_nothing(tmp_path):
+def test_full_rank_has_no_error(tmp_path):
     """Two copies of one adapter have the rank of one."""
     model = llama()
     one = save(tmp_path / "one", model, r=4, lora_alpha=4, target_modules=["q_proj"])

@@ -206,7 +206,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("architecture", CASES)
-def test_each_layer_stays_what_it_was(architecture, tmp_path):
+def test_each_layer_keeps_its_type(architecture, tmp_path):
     options, left_out, numbers = CASES[architecture]
     model = saved(tmp_path / "model", architecture, options, left_out)
     stacked(tmp_path / "model", numbers, tmp_path / "out")
@@ -268,7 +268,7 @@ def test_inexpressible_slices_are_refused_naming_the_key(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_that_know_their_number_are_refused(tmp_path):
+def test_layers_that_depend_on_their_index_are_refused(tmp_path):
     options = {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 20, "scale_attn_by_inverse_layer_idx": True}
     saved(tmp_path / "gpt2", "GPT2LMHeadModel", options)
     with pytest.raises(FusionError, match="scale_attn_by_inverse_layer_idx"):
@@ -279,7 +279,7 @@ def test_layers_that_know_their_number_are_refused(tmp_path):
         stacked(tmp_path / "diff", [1, 2], tmp_path / "out 2")
 
 
-def test_models_that_turn_positions_otherwise_lend_no_layers(tmp_path):
+def test_layers_with_other_rotary_embeddings_are_refused(tmp_path):
     for name, theta in (("one", 10_000.0), ("two", 500_000.0)):
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         saved(tmp_path / name, "LlamaForCausalLM", {"num_hidden_layers": 2, **rope})

@@ -144,7 +144,7 @@ def test_depths_begin_and_end_with_the_layers():
     }
 
 
-def test_slices_that_cannot_be_taken(folders, tmp_path):
+def test_impossible_slices_are_refused(folders, tmp_path):
     def refused(recipe, message):
         with pytest.raises(FusionError, match=message):
             merge(recipe, tmp_path / "out")

@@ -35,7 +35,7 @@ def made(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_what_peft_makes_of_it(kind, made, tmp_path):
+def test_adapter_equals_peft(kind, made, tmp_path):
     folder, models, tied = made
     report = merge(recipe_for("linear", [folder / kind]), tmp_path / "out")
     found = loaded(tmp_path / "out")
@@ -67,7 +67,7 @@ def weights_of(model: PeftModel, tied: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "grown" not in kind])
-def test_two_adapters_are_the_mean_of_what_peft_makes_of_them(kind, made, tmp_path):
+def test_two_adapters_equal_the_mean_of_peft_models(kind, made, tmp_path):
     """With one that leaves the embeddings as they are: the tied one counts in both places."""
     folder, models, tied = made
     merge(recipe_for("linear", [folder / "neither", folder / kind]), tmp_path / "out")

@@ -21,7 +21,7 @@ from hf_fusion.models import fused_calls
 from hf_fusion.models.fused_calls import _SCOPE, Calls
 
 
-def test_a_state_lasts_as_long_as_its_call():
+def test_state_ends_with_its_call():
     calls = Calls()
     with calls.entered("outer"):
         with pytest.raises(ValueError, match="inner"), calls.entered("inner"):
@@ -47,7 +47,7 @@ def test_scopes_may_be_left_in_any_order(first):
     assert calls.scope() is None
 
 
-def test_a_scope_is_left_for_all_who_have_it_wherever_it_is_left():
+def test_scope_ends_for_all_copies():
     calls = Calls()
     scope = ExitStack()
     scope.enter_context(calls.scoped("open"))

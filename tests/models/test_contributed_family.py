@@ -58,7 +58,7 @@ def experts(tokenizer) -> list[Expert]:
     return [Expert(f"me/{seed}", bert(ABC, seed=seed), processor=tokenizer, labels=ABC) for seed in range(3)]
 
 
-def test_it_is_the_mean_of_its_experts_and_comes_back_from_a_folder(soup, experts, tokenizer, tmp_path):
+def test_equals_the_mean_of_experts_and_round_trips(soup, experts, tokenizer, tmp_path):
     model = soup.SoupModel.from_experts(experts)
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
     plain = bert(ABC)
@@ -105,7 +105,7 @@ def test_experts_that_differ_are_refused_by_name(soup, experts):
 
 
 @pytest.mark.slow  # a fresh process takes ten seconds
-def test_a_fresh_process_answers_bit_for_bit_the_same(soup, experts, tokenizer, hub, fresh_python, tmp_path):
+def test_fresh_process_gives_bitwise_equal_outputs(soup, experts, tokenizer, hub, fresh_python, tmp_path):
     model = soup.SoupModel.from_experts(experts)
     with torch.no_grad():
         wanted = model(**tokenizer(TEXTS, return_tensors="pt", padding=True)).logits

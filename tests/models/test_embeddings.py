@@ -259,7 +259,7 @@ def test_the_trainer_checkpoints(build, tmp_path):
     assert any(("router" if build is wemoe else "gates") in name for name in moved), head
 
 
-def test_a_foe_says_why_it_checkpoints_nothing(tmp_path):
+def test_foe_explains_why_it_cannot_checkpoint(tmp_path):
     model = foe("sequence-classification")
     with pytest.raises(ValueError, match="FoEModel trains its fuser alone; .* leave gradient checkpointing out"):
         model.gradient_checkpointing_enable()

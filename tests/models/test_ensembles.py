@@ -44,7 +44,7 @@ def answer(model, texts=TEXTS):
 
 @pytest.mark.parametrize("over", ["logits", "probabilities"])
 @pytest.mark.parametrize("rule", ["mean", "weighted", "max_model"])
-def test_rules_are_what_they_say(rule, over, experts):
+def test_ensemble_rules_match_their_formulas(rule, over, experts):
     weights = [3.0, 1.0] if rule == "weighted" else None
     model = fuse("ensemble", experts, rule=rule.replace("weighted", "mean"), weights=weights, over=over)
     outputs = logits_of(experts) if over == "logits" else logits_of(experts).softmax(-1)
@@ -67,7 +67,7 @@ def test_far_logits_stay_what_they_are(experts):
     torch.testing.assert_close(answer(FoEModel.ensemble(experts)), logits_of(experts).mean(0), rtol=1e-5, atol=1e-4)
 
 
-def test_labels_that_become_one_and_labels_that_an_expert_does_not_know(tokenizer):
+def test_merged_labels_and_labels_unknown_to_an_expert(tokenizer):
     wide = Expert("me/wide", bert(["a", "b", "b2", "c"]), processor=tokenizer, labels=["a", "b", "b2", "c"])
     narrow = Expert("me/narrow", bert(["a", "b"], seed=1), processor=tokenizer, labels=["a", "b"])
     maps = {"me/wide": {"b2": "b"}}
@@ -85,7 +85,7 @@ def test_labels_that_become_one_and_labels_that_an_expert_does_not_know(tokenize
 
 @pytest.mark.parametrize("over", ["logits", "probabilities"])
 @pytest.mark.parametrize("rule", ["mean", "max_model"])
-def test_an_expert_that_breaks_down_does_not_count(rule, over, experts):
+def test_expert_with_nan_is_ignored(rule, over, experts):
     with torch.no_grad():
         experts[1].model.classifier.bias[0] = float("nan")
     got = answer(FoEModel.ensemble(experts, rule=rule, over=over)).softmax(-1)
@@ -151,7 +151,7 @@ print("ANSWER", {{row["label"]: row["score"] for row in pipe(image, top_k=3)}})
 
 
 @pytest.mark.slow  # a fresh process takes ten seconds
-def test_a_fresh_process_without_hf_fusion_answers_the_same(hub, fresh_python, tmp_path):
+def test_fresh_process_without_hf_fusion_gives_equal_outputs(hub, fresh_python, tmp_path):
     experts = [
         Expert("me/vit", vit(ABC), processor=image_processor(16), labels=ABC),
         Expert("me/resnet", resnet(ABC), processor=image_processor(24), labels=ABC),

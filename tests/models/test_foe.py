@@ -35,7 +35,7 @@ def to_fused(probabilities: torch.Tensor, labels: list[str], order: list[str]) -
     return fused
 
 
-def test_adapters_of_one_base_answer_as_merged_models_would(adapters, tokenizer):
+def test_adapters_of_one_base_equal_merged_models(adapters, tokenizer):
     model = FoEModel.from_experts(adapters)
     outputs, embeddings = model.expert_outputs(model.processor(text=TEXTS), embed=True)
     assert outputs.shape == (4, 3, 3)

@@ -96,7 +96,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_what_its_expert_generates(kind, options, tokenizer):
+def test_row_equals_what_its_expert_generates(kind, options, tokenizer):
     experts = KINDS[kind](tokenizer)
     model = FoEModel.from_experts(experts, mode="selection")
     inputs = prompts(model)
@@ -155,7 +155,7 @@ def test_outputs_are_put_together(kind, beams, tokenizer):
         assert same(transitions[places, : lone.shape[1]], lone)
 
 
-def test_steps_that_an_expert_does_not_take(tokenizer):
+def test_shorter_generations_are_padded(tokenizer):
     """The one stops after two tokens, the other goes on: what is missing is padding of probability 1."""
     experts = causal(tokenizer, {"max_new_tokens": 2}, {"max_new_tokens": 4, "pad_token_id": 7})
     model = FoEModel.from_experts(experts, mode="selection")
@@ -373,7 +373,7 @@ def test_an_experts_generation_config_can_be_edited(tokenizer, tmp_path):
         assert each.generation_config.min_new_tokens == 3
 
 
-def test_a_pipeline_leaves_to_experts_what_is_theirs(tokenizer):
+def test_pipeline_uses_the_generation_settings_of_experts(tokenizer):
     experts = causal(tokenizer, {"max_new_tokens": 3, "do_sample": False}, {"max_new_tokens": 5, "do_sample": False})
     model = FoEModel.from_experts(experts, mode="selection")
     for k, expert in enumerate(experts):

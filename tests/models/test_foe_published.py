@@ -76,7 +76,7 @@ KINDS = {
     "kind",
     [pytest.param(k, marks=pytest.mark.slow) if k != "text" else k for k in KINDS],
 )
-def test_a_fresh_process_answers_bit_for_bit_the_same(kind, hub, fresh_python, tokenizer, tmp_path):
+def test_fresh_process_gives_bitwise_equal_outputs(kind, hub, fresh_python, tokenizer, tmp_path):
     build, auto, generates = KINDS[kind]
     model, inputs = build(tokenizer)
     with torch.no_grad():

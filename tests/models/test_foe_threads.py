@@ -234,13 +234,13 @@ def faults(model: FoEModel, make: Callable[[FoEModel], list[Call]], count: int) 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_threads_get_what_each_call_gets_alone(name, tokenizer):
+def test_threaded_calls_equal_single_calls(name, tokenizer):
     assert faults(CLASSIFIERS[name](tokenizer), classifying, 40) == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
-def test_threads_write_what_each_call_writes_alone(name, tokenizer):
+def test_threaded_generation_equals_single_calls(name, tokenizer):
     assert faults(WRITERS[name](tokenizer), writing, 24) == []
 
 
@@ -286,7 +286,7 @@ def test_tasks_read_the_routing_of_their_call(tokenizer):
         assert difference(found, want) == ""
 
 
-def test_a_thread_that_ran_nothing_has_no_routing(tokenizer):
+def test_thread_without_a_call_has_no_routing(tokenizer):
     model = CLASSIFIERS["full models"](tokenizer)
     model.record_routing = True
     model(**batches(model)[0])
@@ -295,7 +295,7 @@ def test_a_thread_that_ran_nothing_has_no_routing(tokenizer):
         pool.submit(model.routing_trace).result()
 
 
-def test_a_call_within_a_call(tokenizer):
+def test_nested_call(tokenizer):
     """What writes may ask the same model meanwhile: here a processor of logits, at every token."""
     model = WRITERS["causal adapters"](tokenizer)
     inputs = batches(model)[1]

@@ -55,7 +55,7 @@ def test_a_router_of_one_expert_generates_what_the_expert_does(kind, options):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("options", [OPTIONS["beams"], OPTIONS["penalties"]], ids=["beams", "penalties"])
-def test_a_row_is_what_the_model_merged_for_it_generates(kind, options):
+def test_row_equals_what_the_merged_model_generates(kind, options):
     model = wemoe_of(kind)[0]
     inputs = prompts(kind)
     positions = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)} if kind == "gpt2" else {}

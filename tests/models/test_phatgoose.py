@@ -108,7 +108,7 @@ def test_equals_the_paper_token_by_token(shape, top_k, grad):
             assert float(weight[token, count:].sum()) < 1e-6
 
 
-def test_base_is_left_as_it_was(shape):
+def test_base_is_unchanged(shape):
     base, experts, inputs = shape
     before = copy.deepcopy(base.state_dict())
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_gradients_equal_the_plain_loop():
         assert torch.allclose(gradient, results[1][name], rtol=1e-9, atol=1e-12), name
 
 
-def test_experts_come_and_go():
+def test_experts_are_added_and_removed():
     base = llama()
     experts = experts_of(base, SHAPES["llama mixed"][1])
     inputs = {"input_ids": IDS, "attention_mask": MASK}

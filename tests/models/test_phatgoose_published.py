@@ -52,7 +52,7 @@ def heads_of_different_labels():
         pytest.param("heads", False, marks=pytest.mark.slow),
     ],
 )
-def test_a_fresh_process_answers_bit_for_bit_the_same(kind, generates, hub, fresh_python, tmp_path):
+def test_fresh_process_gives_bitwise_equal_outputs(kind, generates, hub, fresh_python, tmp_path):
     if kind == "heads":
         (_, experts), inputs = heads_of_different_labels(), {"input_ids": IDS, "attention_mask": MASK}
     else:

@@ -188,7 +188,7 @@ KINDS: dict[str, Callable[[], Calls]] = {
 @pytest.mark.long
 @pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_call_on_four_threads_gives_what_it_gives_alone(kind, count):
+def test_calls_on_four_threads_equal_single_calls(kind, count):
     assert wrong_calls(KINDS[kind](), count) == []
 
 
@@ -290,7 +290,7 @@ def test_a_trace_is_read_where_it_was_made():
         router.routing_trace()
 
 
-def test_a_thread_within_a_copy_of_the_context_sees_what_is_used():
+def test_thread_in_a_copied_context_sees_the_scope():
     router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama"][1]))
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     write = partial(router.generate, IDS[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -318,7 +318,7 @@ def test_head_called_alone_follows_the_last_call_of_its_thread():
         assert torch.equal(head(read[0]), want)
 
 
-def test_a_call_within_a_call_leaves_the_outer_one_as_it_was():
+def test_nested_call_leaves_the_outer_call_unchanged():
     router = PhatgooseRouter.from_experts(heads_of_different_labels()[1])
     with torch.no_grad():
         want = router(input_ids=LONG, attention_mask=AFTER).logits

@@ -80,7 +80,7 @@ def test_one_hot_coefficients_are_that_experts_mlps(kind):
         assert torch.equal(first(model(**inputs)), together)
 
 
-def test_an_input_finds_its_plain_model():
+def test_input_is_matched_to_its_plain_model():
     model, base, _, _, inputs = fused("bert")
     with torch.no_grad():
         want = model(**inputs).logits
@@ -339,7 +339,7 @@ def test_energy_decides_the_rank():
 
 
 @pytest.mark.parametrize("rule", ["simple_average", "ties"])
-def test_the_rest_is_merged_by_a_rule(rule):
+def test_other_parameters_are_merged_by_a_rule(rule):
     base = bert_base()
     experts = experts_of(base)
     model = WEMoEModel.from_experts(experts, base_expert(base), merge=rule)
@@ -363,7 +363,7 @@ def test_the_rest_is_merged_by_a_rule(rule):
     assert torch.allclose(model.backbone.state_dict()[key].double(), want.double(), atol=1e-6)
 
 
-def test_base_and_experts_are_left_as_they_were():
+def test_base_and_experts_are_unchanged():
     base = bert_base()
     experts = experts_of(base)
     before = [copy.deepcopy(m.state_dict()) for m in (base, *(e.model for e in experts))]

@@ -63,7 +63,7 @@ def test_segmenters_keep_their_decoders(tmp_path):
 
 
 @torch.no_grad()
-def test_a_variance_less_than_nothing_is_none():
+def test_negative_variances_count_as_zero():
     """Both experts have halved the base's, and the coefficients take both halves away."""
     models = [resnet(["no", "yes"]) for _ in range(3)]
     for model, factor in zip(models[1:], (0.4, 0.5), strict=True):

@@ -61,7 +61,7 @@ CASES = {
 
 
 @pytest.mark.slow
-def test_a_fresh_process_answers_bit_for_bit_the_same(hub, fresh_python, tmp_path):
+def test_fresh_process_gives_bitwise_equal_outputs(hub, fresh_python, tmp_path):
     api = HfApi(endpoint=hub.endpoint, token=hub.token("wemoe"))
     cases, wanted = [], {}
     for kind, how in CASES.items():

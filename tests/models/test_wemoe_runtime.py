@@ -196,7 +196,7 @@ class Count(TorchDispatchMode):
         pytest.param("t5", "exact", marks=pytest.mark.slow),
     ],
 )
-def test_an_accelerator_gets_few_calls_and_is_never_waited_for(kind, storage):
+def test_few_accelerator_calls_without_synchronisation(kind, storage):
     """A device without values stands in for one: what would wait for a value of it raises."""
     how = {"task_vectors": "low-rank", "energy": 0.6, "routing": "smile"} if storage == "smile" else {}
     model, base, _, units, inputs = fused(kind, **(how or {"task_vectors": storage, **STORAGES[storage]}))
@@ -231,7 +231,7 @@ def test_blocks_of_rows_are_concatenated(monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_bfloat16_is_merged_as_it_says(samples, monkeypatch):
+def test_bfloat16_rounds_the_change_of_a_single_sample(samples, monkeypatch):
     """One sample's change is rounded to bfloat16, several samples' are not; blocks need not be those of the store."""
     monkeypatch.setattr(linears_wemoe, "BLOCK", 16 * 32)
     linear = fused("bert", task_vectors="bfloat16")[0].units[0].linears[0]

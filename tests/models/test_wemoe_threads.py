@@ -320,5 +320,5 @@ def test_calls_on_threads_give_what_they_give_alone(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_thousand_calls_on_threads_give_what_they_give_alone(kind):
+def test_thousand_threaded_calls_equal_single_threaded_calls(kind):
     check(kind, 1000)

@@ -91,7 +91,7 @@ def test_card_pins_the_weights_and_its_usage_runs(hub, owner, fused, fresh_pytho
     assert info.pipeline_tag == "text-classification"
 
 
-def test_again_changes_nothing(owner, fused):
+def test_second_run_changes_nothing(owner, fused):
     repo = f"{owner.name}/mood"
     first = publish(fused, repo, api=owner.api)
     before = commits(owner, repo)
@@ -214,7 +214,7 @@ def test_mistakes(owner, fused, tmp_path, anyone):
     assert "hf auth login" in caught.value.hint
 
 
-def test_two_pushes_at_once_lose_nothing(owner, fused):
+def test_concurrent_pushes_lose_nothing(owner, fused):
     """Whoever planned on a state that has passed is told so, and can run it again."""
     repo = f"{owner.name}/mood"
     planned = plan(fused, repo, api=owner.api)

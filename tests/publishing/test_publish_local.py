@@ -128,7 +128,7 @@ def test_local_experts_are_pushed_first_with_the_option(kind, owner, place, tmp_
     assert remade.num_parameters() == load_fused(folder)[0].num_parameters()
 
 
-def test_a_folder_that_changed_is_not_what_it_was_made_of(owner, place, tmp_path):
+def test_changed_expert_folder_is_detected(owner, place, tmp_path):
     repo = f"{owner.name}/mood"
     fused = fused_from("foe", place, tmp_path / "fused")
     before = hash_folder(place / "bert-0")

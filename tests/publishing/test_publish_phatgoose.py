@@ -190,7 +190,7 @@ def test_a_gated_base_by_reference_stays_behind_its_gate(owner, ids, tmp_path):
         plan(parts, f"{owner.name}/both", private=False, api=owner.api)
 
 
-def test_another_fuse_takes_the_old_measurements_away(owner, ids, tmp_path):
+def test_saving_a_new_fusion_removes_old_results(owner, ids, tmp_path):
     model = fuse("phatgoose", ids, api=owner.api)
     folder = save_fused(model, tmp_path / "fused")
     measured(model, ids, folder, owner.api)

@@ -166,7 +166,7 @@ def test_unpublishable_recipe_is_refused_before_the_merge(hub, owner, anyone, id
 
 
 @pytest.mark.slow
-def test_adapters_that_became_one_are_published_as_an_adapter(hub, owner, ids, tmp_path, fresh_python):
+def test_merged_adapter_is_published_as_an_adapter(hub, owner, ids, tmp_path, fresh_python):
     names = []
     for seed, name in enumerate(("first", "second")):
         base = {"base_name": ids[0], "revision": owner.api.model_info(ids[0]).sha}
@@ -207,7 +207,7 @@ def test_a_card_beside_a_merge(owner, ids, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["images", "features", "masked", "chat"])
-def test_usage_of_other_heads_runs(kind, tmp_path, monkeypatch, capsys):
+def test_usage_block_of_other_heads_runs(kind, tmp_path, monkeypatch, capsys):
     """In this process, from the folder beside the merge: the block is the same."""
     for seed, name in enumerate(("one", "two")):
         folder = tmp_path / name

@@ -176,7 +176,7 @@ def test_published_without_measurements(owner, ids, tmp_path):
     assert "model.safetensors" in owner.api.list_repo_files(done.repo_id)
 
 
-def test_another_fuse_takes_the_old_measurements_away(owner, ids, tmp_path):
+def test_saving_a_new_fusion_removes_old_results(owner, ids, tmp_path):
     model = fuse("wemoe", ids, base=f"{owner.name}/base", api=owner.api)
     folder = save_fused(model, tmp_path / "fused")
     measured(model, folder)

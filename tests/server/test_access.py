@@ -80,7 +80,7 @@ def test_only_members_write_to_an_organisation(hub, user):
     assert [m.id for m in api.list_models(author=org)] == [f"{org}/shared"]
 
 
-def test_strangers_change_nothing(alice, user, anyone):
+def test_unauthorised_requests_change_nothing(alice, user, anyone):
     name, api = alice
     repo = f"{name}/mine"
     api.create_repo(repo)

@@ -53,7 +53,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_a_restart_loses_nothing(tmp_path):
+def test_restart_keeps_everything(tmp_path):
     with HubServer(tmp_path) as hub:
         token = hub.token("alice")
         hub.org("lab", ["alice"])

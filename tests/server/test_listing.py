@@ -73,7 +73,7 @@ def test_relations_to_the_base(alice, fields, files, relation):
             assert [m.id for m in api.list_models(filter=tag, author=name)] == [f"{name}/m"]
 
 
-def test_an_adapter_whose_card_is_silent_stays_untagged(alice):
+def test_adapter_without_card_metadata_stays_untagged(alice):
     name, api = alice
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "a/b", "task_type": "SEQ_CLS"}
     push(api, f"{name}/m", {"adapter_config.json": json.dumps(adapter), "adapter_model.safetensors": b"\0"})
@@ -105,7 +105,7 @@ def test_tags_of_datasets_and_spaces(alice):
 
 
 @pytest.mark.parametrize("config", ["[1]", "{", '{"architectures": 7, "model_type": {}}', "[" * 100_000])
-def test_hostile_metadata_does_no_harm(alice, config):
+def test_hostile_metadata_is_harmless(alice, config):
     name, api = alice
     shapes = b'{"w": {"dtype": "F32", "shape": ["x"]}, "v": 3}'
     weights = len(shapes).to_bytes(8, "little") + shapes

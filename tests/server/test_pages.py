@@ -118,7 +118,7 @@ def test_hostile_card(hub, alice):
 
 
 @pytest.mark.parametrize("text", ["<b>" * 50_000, "> " * 50_000, "[" * 50_000, "*a " * 50_000, "|a" * 50_000])
-def test_cards_that_try_to_exhaust(hub, alice, text):
+def test_resource_exhausting_cards(hub, alice, text):
     name, api = alice
     repo = f"{name}/deep"
     api.create_repo(repo)

@@ -304,7 +304,7 @@ def test_a_regular_file_too_large_for_git_is_kept_beside_it(raw, tmp_path):
     assert contents(api, repo, tmp_path / "x")["model.bin"] == data
 
 
-def test_uploads_are_what_they_claim(hub, alice):
+def test_uploads_match_their_hash(hub, alice):
     name, api = alice
     repo = f"{name}/claims"
     api.create_repo(repo)
@@ -351,7 +351,7 @@ def test_git_lfs_fetches_what_was_pushed(hub, alice):
     assert get_session().post(url, json=body).status_code == 401
 
 
-def test_xet_uploads_are_what_they_claim(hub, alice):
+def test_xet_uploads_match_their_hash(hub, alice):
     name, api = alice
     repo = f"{name}/xet"
     api.create_repo(repo)

@@ -38,7 +38,7 @@ def kept(folder):
     return folder / "repos" / "models" / "me" / "one.git" / FILE
 
 
-def test_a_restart_derives_nothing(folder):
+def test_restart_rebuilds_no_summaries(folder):
     with HubServer(folder) as hub:
         before = derivation.facts.cache_info().misses
         assert "first" in listed(hub.endpoint)["tags"]

@@ -18,6 +18,6 @@ def test_a_space_holds_what_it_imports(space):
     assert held == {name: sources[name].read_bytes() for name in COPY["needed"](space)}, "run `make spaces`"
 
 
-def test_all_that_is_shared_is_used():
+def test_shared_files_are_all_used():
     needed = {name for space in SPACES for name in COPY["needed"](space)}
     assert needed == COPY["sources"]().keys() and len(SPACES) == 4

@@ -99,7 +99,7 @@ def test_answer_order_and_cost_are_shown(page):
     assert "All 3 experts queried" in everyone and "<li><b>" not in everyone
 
 
-def test_a_selection_shows_who_was_chosen_and_the_scores(page):
+def test_selection_shows_the_chosen_expert_and_scores(page):
     experts = [expert("me/pets", 1, [0.2, 0.8, None], score=0.9), expert("me/birds", 0, None, score=0.1)]
     values = routing(None, mode="selection", experts=experts)
     html = str(page.answer_panel(values))
@@ -109,7 +109,7 @@ def test_a_selection_shows_who_was_chosen_and_the_scores(page):
     assert "not chosen" in page.experts_panel(values, {})
 
 
-def test_a_language_model_answers_in_words(page):
+def test_language_model_generates_text(page):
     experts = [expert("me/poet", 1, None, score=0.9), expert("me/clerk", 0, None, score=0.1)]
     values = routing(
         None,

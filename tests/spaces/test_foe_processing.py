@@ -51,7 +51,7 @@ def test_ink_on_a_transparent_ground_is_found(processing, ink):
     assert np.abs(np.asarray(processing.to_mnist(picture)) - expected).mean() < 2
 
 
-def test_a_digit_of_mnist_stays_as_it_is(processing):
+def test_mnist_digit_is_unchanged(processing):
     digit = processing.to_mnist(drawing(0, 255))
     assert processing.to_mnist(digit).tobytes() == digit.tobytes()
     assert processing.to_mnist(digit.convert("RGB")).tobytes() == digit.tobytes()

@@ -62,7 +62,7 @@ def column(shown, key: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- data
 
 
-def test_a_summary_is_read_as_it_was_written(space, suites, summary):
+def test_summary_round_trips(space, suites, summary):
     assert [suite.name for suite in suites] == ["minilm-8", STRANGE]
     for suite, given in zip(suites, summary["suites"], strict=True):
         assert [row.key for row in suite.rows] == [f"{row['method']}.{row['variant']}" for row in given["rows"]]
@@ -181,7 +181,7 @@ def test_drops_and_unseen_means_equal_the_summary(space, suites, summary):
     assert f'title="{LEFT_OUT}"' in html and f">{LEFT_OUT}</li>" in html  # by the pointer, and to be read
 
 
-def test_the_best_fused_model_is_marked_floors_and_ceilings_never(space, suites):
+def test_only_fused_models_are_marked_as_best(space, suites):
     shown = table(space, suites, "")
     for key in ("mean", "task.mrpc", "experts"):
         cells = column(shown, key)
@@ -266,7 +266,7 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("show", ["scores", "cost", "corruptions", "unseen"])
-def test_a_strangers_text_stays_text(space, suites, show):
+def test_untrusted_text_is_escaped(space, suites, show):
     for row in ("second.default", f"first {HOSTILE}.default"):
         query = space.view.View(STRANGE, show, find="", row=row).to_query(sort=f"task.task {HOSTILE}")
         found = Tags(space.page.board(suites, query))
@@ -275,7 +275,7 @@ def test_a_strangers_text_stays_text(space, suites, show):
     assert HOSTILE not in space.page.board(suites, f"?find={HOSTILE}")
 
 
-def test_a_recipe_is_yaml_with_everything_it_was_made_of(space, suites, summary):
+def test_recipe_yaml_has_all_inputs(space, suites, summary):
     for row in (row for suite in suites for row in suite.rows):
         read = yaml.safe_load(space.page.recipe_text(row))
         assert (read["method"], read["variant"], read["fused"]) == (row.method, row.variant, row.split)
@@ -289,7 +289,7 @@ def test_a_recipe_is_yaml_with_everything_it_was_made_of(space, suites, summary)
 # ---------------------------------------------------------------- pictures
 
 
-def test_labels_touch_neither_each_other_nor_marks(space):
+def test_labels_overlap_neither_each_other_nor_marks(space):
     rng, boxes = random.Random(0), 0
     for count in (2, 12, 40):
         names = ["m" * rng.randint(4, 24) for _ in range(count)]
@@ -305,7 +305,7 @@ def test_labels_touch_neither_each_other_nor_marks(space):
     assert boxes > 20
 
 
-def test_the_front_holds_what_no_cheaper_model_beats(space, suites):
+def test_pareto_front_excludes_dominated_models(space, suites):
     shown = table(space, suites, "?show=cost")
     points = space.plots.points_of(shown)
     best = space.plots.front(points, False)

@@ -79,7 +79,7 @@ def plain_answer(router: Any, prompt: str, tokens: int) -> tuple[torch.Tensor, s
 # ---------------------------------------------------------------- the model, without a page
 
 
-def test_an_answer_grows_and_ends_with_its_routing(served, router):
+def test_answer_is_streamed_and_ends_with_its_routing(served, router):
     *parts, last = served.ask("the quick fox")
     texts = [part.text for part in parts]
     assert len(texts) > 2 and all(b.startswith(a) for a, b in zip(texts, texts[1:]))

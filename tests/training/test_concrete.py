@@ -88,7 +88,7 @@ def test_the_mask_learns_then_the_coefficients():
     assert sum(h.entropy for h in then.after.values()) < sum(h.entropy for h in then.before.values())
 
 
-def test_an_inner_step_is_taken_before_the_mask_is_judged():
+def test_inner_step_precedes_the_mask_update():
     """Its gradient beside that of the two steps in plain words."""
     model, rate = concrete(inner_rate=0.7), 0.7
     batches = dict.fromkeys(model.experts, tokens())

@@ -69,7 +69,7 @@ def halves() -> Halves:
     return Halves()
 
 
-def test_the_fuser_learns_what_no_expert_knows(halves):
+def test_fuser_exceeds_every_expert(halves):
     model = FoEModel.from_experts(halves.experts)
     fit = fit_fuser(model, halves.data.select(range(200, 400)), epochs=30)
     results = evaluate(model, halves.data.select(range(400, 600)))
@@ -143,7 +143,7 @@ def test_a_frugal_model_loads_in_bf16(halves, tmp_path):
     assert same.float().mean() > 0.9
 
 
-def test_the_policy_does_what_the_formula_says(halves):
+def test_policy_matches_the_formula(halves):
     """Against a plain reading of the formula: one example, every superset, the nearest points by sorting."""
     model = FoEModel.from_experts(halves.experts, costs=[1.0, 2.0])
     fit_fuser(model, halves.data.select(range(200, 400)), epochs=5, frugal=True, cost_weight=0.05)
@@ -257,7 +257,7 @@ def fit_code(tmp_path: Path, batch: int, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_fit_what_one_does(tmp_path):
+def test_two_processes_fit_the_same_as_one(tmp_path):
     """`accelerate launch` over two CPU processes: half the batch each, the same gradient, the same fuser."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [

@@ -142,7 +142,7 @@ def assert_same(before: dict, after: dict) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_base_is_left_as_it_was(name, fails):
+def test_base_is_unchanged(name, fails):
     expert = make(name)
     expert.model.train()
     next(expert.model.parameters()).requires_grad_(False)
@@ -181,7 +181,7 @@ def learned() -> Expert:
 
 
 @pytest.mark.long
-def test_the_gates_open_on_what_the_adapter_has_learned():
+def test_gates_respond_to_inputs_of_their_task():
     expert = learned()
     gates = train_gates(expert, WORDS, batch_size=8)
     assert gates.kind == "trained"
@@ -258,7 +258,7 @@ def test_bf16():
         assert torch.cosine_similarity(*flat, dim=0) > 0.9
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_interrupted_run_resumes(tmp_path):
     expert = make("llama")
     options = {"steps": 20, "batch_size": 2, "max_length": 32}
     whole = train_gates(expert, WORDS, **options)
@@ -321,7 +321,7 @@ def test_untrainable_experts_are_refused():
         train_gates(headless, WORDS)
 
 
-def test_a_rate_that_breaks_the_gates_is_named():
+def test_infinite_learning_rate_is_reported():
     with pytest.raises(FusionError, match="became NaN or Inf") as error:
         train_gates(make("llama"), WORDS, steps=3, learning_rate=float("inf"))
     assert "learning_rate" in error.value.hint
@@ -392,7 +392,7 @@ def test_the_prototype_of_an_update_that_is_none():
     assert zero.eq(0).all()
 
 
-def test_a_finished_run_comes_to_the_same_gates_again(tmp_path):
+def test_finished_run_repeats_with_equal_gates(tmp_path):
     first, again = (
         train_gates(make("llama"), WORDS, steps=5, batch_size=2, output_dir=tmp_path, use_cpu=True) for _ in range(2)
     )
@@ -424,7 +424,7 @@ def script(tmp_path: Path, name: str, steps: int, batch: int, folder: str | None
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_gates(tmp_path):
+def test_killed_run_resumes_to_equal_gates(tmp_path):
     """kill -9 at three moments, then run once more."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = script(tmp_path, "quiet", 300, 2)
@@ -443,7 +443,7 @@ def test_a_killed_run_goes_on_to_the_same_gates(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_train_the_same_as_one(tmp_path):
     """`accelerate launch` over two CPU processes with half the batch each, all rows in every batch: the same gates."""
     launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]

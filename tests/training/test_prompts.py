@@ -31,7 +31,7 @@ def test_labels_are_the_target_and_its_end():
         assert row["attention_mask"] == [1] * len(row["input_ids"])
 
 
-def test_a_long_prompt_loses_its_beginning_and_never_its_target():
+def test_long_prompt_is_truncated_and_the_target_kept():
     whole = encode_prompts(ROWS, TOKENIZER)
     targets = [sum(label != IGNORED for label in row["labels"]) for row in whole]
     limit = max(targets) + 2

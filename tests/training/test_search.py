@@ -105,7 +105,7 @@ def test_lorahub_finds_the_adapter_that_knows_the_task(tmp_path):
     assert found.loss == pytest.approx(float((losses * counts).sum() / counts.sum()), rel=1e-4)
 
 
-def test_lorahub_refuses_what_has_no_weighted_sum(tmp_path):
+def test_lorahub_refuses_adapters_it_cannot_sum(tmp_path):
     model = bert(["no", "yes"])
     model.save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
@@ -161,7 +161,7 @@ def slow_soup(models):
 
 
 @pytest.mark.long
-def test_a_greedy_soup_is_the_papers(tmp_path):
+def test_greedy_soup_matches_the_paper(tmp_path):
     models = [trained(seed, steps, ROWS) for seed, steps in ((0, 12), (1, 3), (2, 8), (3, 0))]
     models.append(bert(["no", "yes"], seed=9))  # from another start: no average with it is good
     folders = []

@@ -66,13 +66,13 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.double().T @ x.double() / len(x), x.double().mean(0)
 
 
-def test_inputs_that_never_vary_are_left_as_they_are():
+def test_constant_inputs_are_unchanged():
     """Their covariance is what rounding leaves of a difference, whose root would be a factor of millions."""
     for row in (torch.linspace(-3, 5, 24), torch.zeros(24)):
         assert inverse_root(*moments(row.expand(7, 24))).equal(torch.eye(24).double())
 
 
-def test_a_small_spread_about_a_large_mean_is_seen():
+def test_small_variance_around_a_large_mean_is_computed():
     """Moments of 10⁶ hold a variance of 10⁻² in float64, not in float32; the third direction has only what is added."""
     rows = torch.tensor([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]).repeat(8, 1) * 0.125 + 1000
     variance = 0.125**2 / 2  # in each of two directions, and two thirds of it on average

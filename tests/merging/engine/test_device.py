@@ -45,7 +45,7 @@ def test_the_cpu_is_the_default(folders, tmp_path):
         ("cpu:1", "device cpu:1 is not available"),
     ],
 )
-def test_a_device_that_is_not_here(device, message, folders, tmp_path):
+def test_unavailable_device(device, message, folders, tmp_path):
     with pytest.raises(FusionError, match=message):
         merge(recipe_of(folders, "tsv_m"), tmp_path / "out", device=device)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs"]
@@ -78,7 +78,7 @@ class Nowhere:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(90, 40), (30, 70)])
-def test_all_that_meets_is_on_one_device_and_comes_back(method, shape, monkeypatch):
+def test_inputs_are_moved_to_one_device_and_outputs_back(method, shape, monkeypatch):
     """torch computes sizes, types and devices alone, and refuses what lies on two of them."""
     monkeypatch.setattr(spectral, "_eigenvectors", torch.linalg.eigh)  # it asks for values
     monkeypatch.setattr(Tensors, "gram", lambda self: torch.ones(3, 3, dtype=torch.float64))
@@ -99,7 +99,7 @@ def test_all_that_meets_is_on_one_device_and_comes_back(method, shape, monkeypat
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gpu_gives_the_same(method, folders, tmp_path):
+def test_gpu_gives_equal_results(method, folders, tmp_path):
     for device in ("cpu", "cuda"):
         merge(recipe_of(folders, method), tmp_path / device, device=device)
     expected, found = (load_file(tmp_path / device / SINGLE) for device in ("cpu", "cuda"))

@@ -96,7 +96,7 @@ def test_threads_and_shard_size_do_not_change_the_result(folders, tmp_path):
     assert all(tensor.equal(loaded[name]) for name, tensor in whole.items())
 
 
-def test_nan_is_refused_by_name_and_nothing_is_left(folders, tmp_path):
+def test_nan_is_refused_by_name_and_leaves_no_output(folders, tmp_path):
     file = folders[2] / "model.safetensors"
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("query.weight"))

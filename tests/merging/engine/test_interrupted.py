@@ -189,7 +189,7 @@ def fill(disk: Path, leave: int) -> None:
 
 
 @pytest.mark.process
-def test_too_small_a_disk_is_seen_at_once(recipe, small_disk):
+def test_too_small_disk_is_detected_at_once(recipe, small_disk):
     fill(small_disk, 3_000_000)
     with pytest.raises(FusionError, match="out needs 8.4 MB, the disk has [0-9.]+ MB left") as caught:
         merge(load_recipe(recipe), small_disk / "out", **OPTIONS)
@@ -199,7 +199,7 @@ def test_too_small_a_disk_is_seen_at_once(recipe, small_disk):
 
 @pytest.mark.process
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99], ids=["the first shard", "a later shard", "the small files"])
-def test_a_disk_that_fills_up(share, recipe, wanted, small_disk):
+def test_disk_that_fills_up(share, recipe, wanted, small_disk):
     """Something else fills the disk when so much of the merge is done."""
     free = shutil.disk_usage(small_disk).free
 

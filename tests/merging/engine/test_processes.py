@@ -104,7 +104,7 @@ def test_failure_of_one_process_stops_all(failing, folders, tmp_path):
 
 
 @pytest.mark.process
-def test_an_input_that_one_machine_lacks(folders, tmp_path):
+def test_input_missing_on_one_machine(folders, tmp_path):
     recipe_of(folders).save(tmp_path / "recipe.yaml")
     recipe_of([*folders, tmp_path / "nowhere"]).save(tmp_path / "other.yaml")
     errors = told(together([tmp_path / "recipe.yaml", tmp_path / "other.yaml"], tmp_path / "out"))
@@ -113,7 +113,7 @@ def test_an_input_that_one_machine_lacks(folders, tmp_path):
 
 
 @pytest.mark.process
-def test_an_output_that_only_the_main_process_looks_at(folders, tmp_path):
+def test_output_error_of_the_main_process_reaches_all(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "work.py").write_text("mine")
     recipe_of(folders).save(tmp_path / "recipe.yaml")
@@ -122,7 +122,7 @@ def test_an_output_that_only_the_main_process_looks_at(folders, tmp_path):
 
 
 @pytest.mark.process
-def test_a_process_that_is_killed_is_not_waited_for(tmp_path):
+def test_killed_process_is_not_waited_for(tmp_path):
     folders = models(tmp_path / "inputs", shapes={f"layers.{i}.weight": (256, 256) for i in range(40)})
     recipe_of(folders, "dare_ties").save(tmp_path / "recipe.yaml")
     started = together([tmp_path / "recipe.yaml"] * 2, tmp_path / "out")

@@ -236,7 +236,7 @@ def test_della_keeps_everything_where_its_density_is_1(folders, tmp_path):
     assert [expert.parameters["epsilon"] for expert in some.experts] == [0.15, 0.1, 0.2]
 
 
-def test_a_weight_that_mergekit_reads_and_never_uses(folders, tmp_path, caplog):
+def test_weight_that_mergekit_ignores(folders, tmp_path, caplog):
     sources = "[{model: $base, layer_range: [0, 4]}, {model: $a, layer_range: [0, 4], parameters: {weight: 1}}]"
     text = f"merge_method: task_arithmetic\nbase_model: $base\nslices: [{{residual_weight: 0.5, sources: {sources}}}]\n"
     recipe = read(text, folders, tmp_path)

@@ -98,7 +98,7 @@ def test_a_recipe_that_is_not_one_document(tmp_path):
             read(text, tmp_path)
 
 
-def test_a_good_one_is_good(tmp_path):
+def test_valid_recipe_is_read(tmp_path):
     recipe = read(GOOD, tmp_path)
     assert (recipe.method, recipe.base, recipe.dtype) == ("task_arithmetic", "base", "float16")
     assert recipe.parameters == {"scaling": 0.5, "normalize": False}

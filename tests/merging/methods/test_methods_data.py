@@ -318,7 +318,7 @@ def test_gram_of_conv1d_has_its_axis():
     assert got.tensors["transformer.h.0.mlp.c_proj.weight"].shape == (192, 192)
 
 
-def test_an_adapter_is_measured_as_what_it_makes_of_its_base(tmp_path):
+def test_adapter_is_evaluated_merged_into_its_base(tmp_path):
     base = bert(ABC)
     options = {"r": 2, "target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
     adapted = get_peft_model(copy.deepcopy(base), LoraConfig(**options))

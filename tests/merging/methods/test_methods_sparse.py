@@ -156,7 +156,7 @@ def test_dropped_entries_are_compensated(rescale, factor):
     torch.testing.assert_close(got[kept], factor * tau[kept], rtol=1e-4, atol=1e-6)
 
 
-def test_dare_ties_elects_among_what_is_left():
+def test_dare_ties_elects_signs_among_kept_entries():
     base, experts = CASES["random"]
     plain = {"drop_rate": 0.5, "scaling": 1.0}
     apart = [(merged("dare_linear", base, experts, weight=[float(i == k) for k in range(3)], **plain) - base).double()

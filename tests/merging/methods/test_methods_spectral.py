@@ -149,7 +149,7 @@ def test_wudi(case):
     close(got, wanted, [base, *experts])
 
 
-def test_wudi_ends_less_disturbed_than_it_began():
+def test_wudi_reduces_interference():
     base, experts = CASES["wide"]
     deltas = [e - base for e in experts]
 

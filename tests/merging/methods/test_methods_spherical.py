@@ -91,7 +91,7 @@ def test_multislerp_of_three_not_normalized(case):
     close(got, wanted, [base, *experts])
 
 
-def test_multislerp_refuses_what_has_no_direction():
+def test_multislerp_refuses_cancelling_inputs():
     one = torch.arange(50.0)
     with pytest.raises(ValueError, match="weights of layers.0.weight sum to 0"):
         merged("multislerp", None, [one, one], weight=[1.0, -1.0])

@@ -98,7 +98,7 @@ ARCS = [
 
 
 @pytest.mark.parametrize(("method", "inputs", "parameters", "wanted"), ARCS)
-def test_directions_that_are_equal_opposite_or_none(method, inputs, parameters, wanted):
+def test_equal_opposite_and_zero_directions(method, inputs, parameters, wanted):
     close(merged(method, None, inputs, **parameters), wanted, inputs)
     if method in ("nuslerp", "multislerp"):  # of task vectors
         base = random(2, 3)
@@ -154,7 +154,7 @@ def test_weights_that_cancel_out_do_not_divide():
     close(got, 0.6 * one, [one])
 
 
-def test_few_entries_are_left_as_often_as_they_grow():
+def test_very_few_kept_entries_are_rescaled():
     """Of 4 million a share of 5 in a million: 21, with a standard deviation of 4.6; 16 random bits would leave none."""
     got = merged("dare_linear", torch.zeros(1 << 22), [torch.ones(1 << 22)], drop_rate=1 - 5e-6, scaling=1.0)
     kept = got[got != 0]
@@ -190,7 +190,7 @@ def test_emr_of_a_task_that_agrees_nowhere_is_the_base():
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
-def test_wudi_stays_where_its_loss_is_least(shape):
+def test_wudi_stays_at_its_minimum(shape):
     """One expert is its own optimum: Adam would walk along what float32 leaves of a gradient that is 0."""
     base, expert = random(2, *shape)
     moved = (merged("wudi", base, [expert], steps=300, learning_rate=1e-5) - expert).abs().max()

@@ -64,7 +64,7 @@ def test_copies_are_the_dense_model(folders, tmp_path, gate, per_token):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
 
 
-def test_a_mistral_and_what_its_configuration_leaves_out(tmp_path):
+def test_mistral_becomes_a_mixture(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=90, num_key_value_heads=4, head_dim=16, sliding_window=4, **sizes)

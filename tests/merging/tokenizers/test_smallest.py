@@ -88,7 +88,7 @@ def test_task_vectors_are_cut_to_the_base(folders, tmp_path):
     torch.testing.assert_close(out["lm_head.weight"], chat["lm_head.weight"][:40], rtol=1e-5, atol=1e-6)
 
 
-def test_models_of_one_size_are_not_touched(folders, tmp_path):
+def test_models_of_equal_size_are_unchanged(folders, tmp_path):
     recipe = mergekits(tmp_path, [folders["base"], folders["base"]])
     report = merge(recipe, tmp_path / "out")
     assert report.recipe.tokenizer is None

@@ -66,7 +66,7 @@ def move(tmp_path, model, words, eos="</s>", **files):
     return merge(recipe, tmp_path / "out").folder
 
 
-def test_a_vision_language_model_sees_with_another_tokenizer(tmp_path):
+def test_vision_language_model_with_another_tokenizer(tmp_path):
     model, words = llava(), ["lazy", *WORDS[::-1], "new", "words"]
     words = list(dict.fromkeys(words))
     processor = {"processor_class": "LlavaProcessor", "image_token": "<image>", "image_token_id": 4, "patch_size": 4}
