@@ -1,4 +1,7 @@
-"""Gives each Space what it imports of spaces/_shared: a Space is uploaded by itself. Run by `make spaces`."""
+"""Copies into each Space the modules of spaces/_shared that it imports, since Spaces are uploaded one by one.
+
+Run by `make spaces`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ IMPORT = re.compile(r"^from shared\.(\w+) import", re.MULTILINE)
 
 
 def sources() -> dict[str, Path]:
-    """What can be copied, by name."""
+    """The files that can be copied, by name."""
     return {path.name: path for path in SHARED.iterdir() if path.is_file()} | {PICTURES.name: PICTURES}
 
 
@@ -24,15 +27,15 @@ def spaces() -> list[Path]:
 
 
 def needed(space: Path) -> set[str]:
-    """Names of what a Space imports, directly or by way of another."""
-    found, known = set(ALWAYS), sources()
+    """Names of the files that a Space imports, directly or through another one."""
+    names, known = set(ALWAYS), sources()
     waiting = list(space.glob("*.py"))
     while waiting:
         for name in IMPORT.findall(waiting.pop().read_text(encoding="utf-8")):
-            if (file := f"{name}.py") not in found:
-                found.add(file)
+            if (file := f"{name}.py") not in names:
+                names.add(file)
                 waiting.append(known[file])
-    return found
+    return names
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-COLOURS = 8  # in style.css; experts beyond them have the same ones with dashed lines
+COLOURS = 8  # in style.css; further experts reuse them with dashed lines
 MOST_COLOURED = 16  # experts that look different from all others
 LOOK = Markup('class="ui-expert{dashed}" style="--c:var(--e{colour});--a:{share:.2f}"')
 BADGE = Markup("<b {look}>{number}</b>")
@@ -34,7 +34,7 @@ def head_cell(expert: int, name: str) -> Markup:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without what they all begin with: owners, a project's prefix."""
+    """Names without their common prefix: the owner, a project's prefix."""
     start = ""
     if len(names) > 1:
         letters = zip(*names, strict=False)

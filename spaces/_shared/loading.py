@@ -1,4 +1,4 @@
-"""Published models: from one commit, with the consent of whoever runs the page, and with reasons where it fails."""
+"""Loads published models: all files from one commit, code only with consent, and errors with a reason for the page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.settings import Settings
 
 COMMIT = re.compile("[0-9a-f]{40}")
 TEXTS = ("*.json", "README.md")  # files that are read before the weights
-# the first that fits says what went wrong: error, message
+# type of error → message; the first that matches is used
 REASONS: list[tuple[type[Exception], str]] = [
     (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
     (
@@ -42,8 +42,9 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        id, sha: the model and its commit; a folder has no sha.
-        folder: holds its files of text.
+        id: of the model, or a folder.
+        sha: commit of the model; "" for a folder.
+        folder: with its JSON files and card.
     """
 
     id: str
@@ -52,18 +53,18 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `from_pretrained`: the same commit, whose code may run."""
+        """Options of `from_pretrained`: the same commit, whose code may run."""
         return {"trust_remote_code": True} | ({"revision": self.sha} if self.sha else {})
 
     def read_json(self, name: str) -> Any:
-        """What a file beside the model holds; None for none, and for what is not JSON."""
+        """The content of a JSON file beside the model; None if it does not exist or is not JSON."""
         try:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def read_widget(self) -> list[Any]:
-        """The examples under `widget` in the card, the Hub's own place for them."""
+        """The examples under `widget` in the card's metadata, as the Hub defines it."""
         card = self.folder / "README.md"
         if not card.is_file():
             return []
@@ -77,8 +78,9 @@ class Loaded:
     """A loaded model.
 
     Attributes:
-        id, sha: what was loaded; a folder has no sha.
-        model: from its Auto class.
+        id: of the model, or a folder.
+        sha: commit of the model; "" for a folder.
+        model: loaded by its Auto class.
     """
 
     id: str
@@ -87,28 +89,28 @@ class Loaded:
 
     @property
     def url(self) -> str:
-        """Its page on the Hub; none for a folder."""
+        """Its page on the Hub; "" for a folder."""
         return f"{constants.ENDPOINT}/{self.id}" if self.sha else ""
 
     @property
     def expert_urls(self) -> dict[str, str]:
-        """Pages of the experts that came from the Hub, at the commit that was fused."""
+        """Pages of the experts that are on the Hub, at the commit that was fused."""
         rows = self.model.config.experts
         return {e["name"]: f"{constants.ENDPOINT}/{e['name']}/tree/{e['revision']}" for e in rows if e.get("revision")}
 
 
 @contextmanager
 def published(settings: Settings, check: Callable[[str, Any], None], files: Sequence[str] = TEXTS) -> Iterator[Source]:
-    """Finds a published model, or one in a folder; its weights are loaded within this context.
+    """Finds a published model or one in a folder; its weights are loaded within this context.
 
     Args:
-        settings: its code runs where they trust it, and of a repo only at a commit that they name.
-        check: raises `LoadError` for an id and the content of its config.json (None: it has none) that the page cannot
-            show.
-        files: patterns of what is fetched at once.
+        settings: its code runs only if they trust it, and code of a repo only at a commit that they name.
+        check: takes an id and the content of config.json (None without one), and raises `LoadError` for a model that
+            the page cannot show.
+        files: patterns of the files that are fetched first.
 
     Raises:
-        LoadError: with a message for the page, also for what goes wrong within the context.
+        LoadError: with a message for the page, also for errors within the context.
     """
     model_id, revision, template = settings.model_id, settings.revision, settings.template
     try:
@@ -132,17 +134,23 @@ def published(settings: Settings, check: Callable[[str, Any], None], files: Sequ
 
 
 def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> None:
-    """Raises unless whoever runs the page agreed to a model's code, at a commit that they named; a folder needs none.
+    """Raises unless the settings allow the model's code, at a commit that they name; a folder needs no commit.
 
     Args:
-        sha: the commit that was found; "" for a folder.
+        model_id: for the message.
+        revision: in the settings.
+        sha: the resolved commit; "" for a folder.
+        agreed: whether the settings trust the code.
+
+    Raises:
+        LoadError: the code is not allowed.
     """
     if agreed and (not sha or COMMIT.fullmatch(revision or "")):
         return
     pin = f" and MODEL_REVISION={sha}" if sha else ""
-    raise LoadError(f"{model_id} runs code of its own on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
+    raise LoadError(f"{model_id} runs its own code on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
 
 
 def on_device(model: Any) -> Any:
-    """The model on the GPU, where there is one."""
+    """The model, on the GPU if there is one."""
     return model.to("cuda") if torch.cuda.is_available() else model

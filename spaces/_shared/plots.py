@@ -1,21 +1,21 @@
-"""Where the labels of a plot stand."""
+"""Positions of a plot's labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-FEW_LAYERS = 12  # have room for all their names
+FEW_LAYERS = 12  # up to which all names have room
 
 
 def axis_labels(layers: Sequence[str]) -> list[str]:
-    """What stands under each layer: its name, or every fifth where they would not fit."""
+    """The label under each layer: its name; for many layers, only every fifth has one."""
     step = 1 if len(layers) <= FEW_LAYERS else 5
-    return [layer if number % step == 0 else "" for number, layer in enumerate(layers)]
+    return [layer if index % step == 0 else "" for index, layer in enumerate(layers)]
 
 
 def spread(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
-    """Moves ascending places apart until neighbours are `gap` apart, each group about its own middle, within bounds."""
-    groups: list[list[float]] = []  # of labels that touch: where each would like to be
+    """Moves ascending positions apart, at least by `gap`, each group around its mean and all of them within bounds."""
+    groups: list[list[float]] = []  # of labels that touch, with their preferred positions
     for place in places:
         groups.append([place])
         while len(groups) > 1 and _start(groups[-1], gap) - _start(groups[-2], gap) < gap * len(groups[-2]):

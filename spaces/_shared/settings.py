@@ -11,7 +11,7 @@ try:
 except ImportError:
     spaces = None
 
-# ZeroGPU's decorator; `spaces` can also be this project's folder of that name, which has none
+# ZeroGPU's decorator; `spaces` can also be this project's folder, which has no such attribute
 on_gpu: Any = spaces.GPU if hasattr(spaces, "GPU") else lambda function: function
 
 
@@ -21,9 +21,9 @@ class Settings:
 
     Attributes:
         model_id: its id, or a folder.
-        revision: the commit whose code was read; None where none is named.
+        revision: the commit whose code was reviewed; None if not set.
         trusted: whether the model's code may run.
-        template: a prompt's form, with {} for the prompt; None where none is set.
+        template: the form of a prompt, with {} for the prompt; None if not set.
     """
 
     model_id: str
@@ -33,7 +33,7 @@ class Settings:
 
 
 def read_settings(default: str) -> Settings:
-    """The settings in the environment; `default` is served where it names no model."""
+    """The settings from environment variables; `default` is the model id if MODEL_ID is not set."""
     return Settings(
         os.environ.get("MODEL_ID", default),
         os.environ.get("MODEL_REVISION") or None,

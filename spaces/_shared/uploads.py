@@ -1,4 +1,4 @@
-"""Pictures that visitors give, and pictures in pages."""
+"""Reads visitors' pictures, and embeds pictures in pages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from shared.errors import InputError
 from shared.pictures import PictureError, open_picture
 
 
-def read_picture(given: Any) -> Image.Image:
-    """The picture in an uploaded file, or in a ``data:image/…;base64,…`` URL.
+def read_picture(source: Any) -> Image.Image:
+    """Opens the picture in an uploaded file, or in a ``data:image/…;base64,…`` URL.
 
     Raises:
-        InputError: naming the file that cannot be read, see `pictures.open_picture`.
+        InputError: the picture cannot be read; the message names the file, see `pictures.open_picture`.
     """
     try:
-        return open_picture(given)
+        return open_picture(source)
     except PictureError as error:
         raise InputError(f"{error}.") from error
 

@@ -46,22 +46,22 @@ def served() -> Served:
 
 @on_gpu
 def ask(example: str | Image.Image, budget: float | None) -> Routing:
-    """The only function that needs a GPU."""
+    """Runs the model; the only function that needs a GPU."""
     return served().ask(example, budget)
 
 
 def read_input(value: str | Path | None) -> str | Image.Image:
-    """What the model is given for what the page or the API was given.
+    """The model's input for an input of the page or the API.
 
     Raises:
-        InputError: for an empty or unreadable input.
+        InputError: the input is empty or cannot be read.
     """
     if served().kind == "text":
         text = str(value or "").strip()
         if not text:
             raise InputError("There is no text yet: write something first.")
         if len(text) > LONGEST_TEXT:
-            raise InputError(f"That text is too long: {LONGEST_TEXT:,} characters are the most.")
+            raise InputError(f"That text is too long: at most {LONGEST_TEXT:,} characters are allowed.")
         return text
     if not value:
         raise InputError("There is no picture yet.")
@@ -70,10 +70,10 @@ def read_input(value: str | Path | None) -> str | Image.Image:
 
 
 def read_budget(budget: float | None) -> float | None:
-    """The budget, if the model can keep to one.
+    """Checks a budget.
 
     Raises:
-        InputError: for a budget outside (0, 1], or one this model cannot keep to.
+        InputError: the budget is outside (0, 1], or this model does not support one.
     """
     if budget is None:
         return None
@@ -87,17 +87,17 @@ def read_budget(budget: float | None) -> float | None:
 
 
 def predict(value: Any, budget: float | None = None) -> Routing:
-    """Asks the fused model about one text or picture.
+    """Runs the fused model on one text or picture.
 
     Args:
-        value: a text, or a picture; what the model takes.
-        budget: share of the experts' whole cost, above 0 and at most 1, that the answer may take. Without one every
-            expert is queried.
+        value: a text or a picture, whichever the model takes.
+        budget: maximum cost, as a share of the cost of all experts, above 0 and at most 1. Without one every expert is
+            queried.
 
     Returns:
-        answer, confidence, labels and probabilities of the fused answer; cost as a share of querying every expert; and
-        experts, each with name, cost_share, order (0: not queried), score (in selection), labels (those it knows) and
-        probabilities (null: not queried).
+        answer, confidence, labels and probabilities of the fused prediction; cost as a share of querying every expert;
+        and experts, each with name, cost_share, order (0: not queried), score (in selection), labels (those it knows)
+        and probabilities (null: not queried).
     """
     with refused():
         return ask(read_input(value), read_budget(budget))
@@ -125,7 +125,7 @@ def input_kind() -> str:
 
 
 def build() -> gr.Blocks:
-    """The page of the model named by MODEL_ID, or one that says why it cannot be served."""
+    """The page of the model named by MODEL_ID, or a page that says why it cannot be served."""
     with gr.Blocks(title="Fusion of Experts", analytics_enabled=False) as blocks:
         try:
             served()
@@ -150,7 +150,7 @@ def build() -> gr.Blocks:
         parts = show(first) if input_kind() != "image" else show(None)
         with gr.Row(elem_classes="ui-top"):
             with gr.Column(scale=4, min_width=300, elem_classes="foe-input"):
-                given, triggers = _input(input_kind(), pictures, first)
+                component, triggers = _input(input_kind(), pictures, first)
             with gr.Column(scale=8, min_width=300, elem_classes="foe-output"):
                 answer = gr.HTML(parts[0], apply_default_css=False, elem_classes="foe-fill")
                 budget: gr.components.Component = gr.State(widgets.ALL)
@@ -162,7 +162,7 @@ def build() -> gr.Blocks:
         for trigger in triggers:
             trigger(
                 show,
-                [given, budget],
+                [component, budget],
                 [answer, experts, results],
                 trigger_mode="always_last",
                 show_progress="minimal",
@@ -174,7 +174,7 @@ def build() -> gr.Blocks:
 
 
 def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.components.Component, list[Any]]:
-    """The input component for a kind of input, and the events that ask the experts."""
+    """The component for a kind of input, and the events that run the model."""
     if kind == "digits":
         pad = widgets.pad(pictures, first)
         return pad, [pad.input]
@@ -197,7 +197,7 @@ def _input(kind: str, pictures: dict[str, str], first: str) -> tuple[gr.componen
 
 
 def _api(kind: str) -> None:
-    """The one verb, with inputs a client can fill: a file where the page has a pad, a number where it has a slider."""
+    """The API's only endpoint; it takes a file in place of the pad, and a number in place of the slider."""
     with gr.Row(visible=False):
         value = picture(label="picture") if kind == "image" else gr.Textbox(label="text")
         budget = gr.Number(None, label="budget")

@@ -1,4 +1,4 @@
-"""What was measured, as HTML: accuracy against cost, with the table beside the plot. Pure functions, as in page.py."""
+"""Measured results as HTML: accuracy against cost, with a table beside the plot. Pure functions, as in page.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Results = dict[str, Any]
 
 PLOT_HEIGHT = 340  # pixels, as in style.css
 LABEL_GAP = 17 / PLOT_HEIGHT  # share of the plot's height that a line of text needs
-AT_FULL_COST = 0.85  # systems this dear are named in the plot's right margin
+AT_FULL_COST = 0.85  # predictors with a higher cost have their names in the plot's right margin
 MOST_TICKS = 5
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)  # between ticks
 SHARES = ("accuracy", "exact_match")  # metrics shown in percent
@@ -30,14 +30,14 @@ PANEL = Markup(
 
 
 def results_panel(results: Results | None, routing: Routing | None = None) -> Markup:
-    """The accuracy–cost curve with the table of what was measured beside it.
+    """The accuracy–cost curve, with a table of the results beside it.
 
     Args:
-        results: from `processing.read_results`; None where the model's repo holds none.
-        routing: of the input at hand; marks its cost and budget.
+        results: from `processing.read_results`; None if the model's repo has none.
+        routing: of the current input, whose cost and budget are marked.
     """
     if results is None:
-        return message("Nothing was measured", "This model's repo holds no results.json, so there is no curve to draw.")
+        return message("No results", "This model's repo has no results.json, so there is no curve to draw.")
     data = f"{results['n']:,} held-out examples" + (f" of {results['dataset']}" if results["dataset"] else "")
     return PANEL.format(
         title=f"{results['metric'].capitalize().replace('_', ' ')} against cost",
@@ -50,26 +50,26 @@ def results_panel(results: Results | None, routing: Routing | None = None) -> Ma
 
 
 def score_text(score: float, metric: str, digits: int = 1) -> str:
-    """Shares as percentages without their sign, errors as they are."""
+    """Shares as percentages without the sign, errors unchanged."""
     return f"{100 * score:.{digits}f}" if metric in SHARES else f"{score:.{digits + 2}f}"
 
 
 def _verdict(results: Results) -> Markup:
-    """What the frugal variant saves, in one sentence."""
-    named = {system["kind"]: system for system in results["systems"]}
-    if not {"foe", "frugal"} <= named.keys() or results["metric"] != "accuracy":
+    """Cost and accuracy of the frugal variant, in one sentence."""
+    by_kind = {system["kind"]: system for system in results["systems"]}
+    if not {"foe", "frugal"} <= by_kind.keys() or results["metric"] != "accuracy":
         return Markup("")
-    points = round(100 * (named["frugal"]["score"] - named["foe"]["score"]), 1)
+    points = round(100 * (by_kind["frugal"]["score"] - by_kind["foe"]["score"]), 1)
     gap = f"{abs(points):.1f} points {'below' if points < 0 else 'above'}" if points else "as accurate as"
     return Markup(
         '<p class="foe-lead">Frugal inference costs <b>{}</b> and is <b>{} querying every expert</b>.</p>'
-    ).format(percent(named["frugal"]["cost"]), gap)
+    ).format(percent(by_kind["frugal"]["cost"]), gap)
 
 
 # ---------------------------------------------------------------- tables
 
 TABLE = Markup(
-    '<table class="foe-table"><thead><tr><th scope="col">System</th><th scope="col" colspan="2">{}</th>'
+    '<table class="foe-table"><thead><tr><th scope="col">Predictor</th><th scope="col" colspan="2">{}</th>'
     '<th scope="col">cost</th></tr></thead>{}</table>'
 )
 SYSTEM = Markup(
@@ -132,7 +132,7 @@ RULER = Markup('<i class="{}" style="left:{:.1f}%"><span>{} {}</span></i>')
 
 
 def _plot(results: Results, routing: Routing | None) -> Markup:
-    """Cost runs right, the score up. Lines are SVG stretched to the box; points and texts are HTML and stay crisp."""
+    """Cost to the right, score upwards. Lines are SVG stretched to the box; points and texts are HTML to stay sharp."""
     metric = results["metric"]
     low, high, ticks = score_axis(results)
 
@@ -140,7 +140,7 @@ def _plot(results: Results, routing: Routing | None) -> Markup:
         return 100 * min(max((high - score) / (high - low), 0.0), 1.0)
 
     hidden = sum(not low <= system["score"] <= high for system in results["systems"])
-    note = f"{hidden} weaker system{'s lie' if hidden > 1 else ' lies'} off this axis; the table has them."
+    note = f"{hidden} weaker predictor{'s are' if hidden > 1 else ' is'} outside the axis; see the table."
     return PLOT.format(
         ticks=join(TICK.format(y(tick), score_text(tick, metric, 0 if metric in SHARES else 1)) for tick in ticks),
         inside=join([*(GRID.format(y(tick)) for tick in ticks), *_rulers(routing), _lines(results["curve"], y)])
@@ -150,7 +150,7 @@ def _plot(results: Results, routing: Routing | None) -> Markup:
 
 
 def _rulers(routing: Routing | None) -> list[Markup]:
-    """Vertical lines at the budget and at what this input cost."""
+    """Vertical lines at the budget and at the cost of this input."""
     if routing is None or routing["budget"] is None:
         return []
     places = (("budget", "budget", routing["budget"]), ("spent", "this input", min(routing["cost"], 1.0)))
@@ -170,11 +170,11 @@ def _lines(curve: Sequence[Mapping[str, Any]], y: Callable[[float], float]) -> M
 
 
 def _marks(systems: Sequence[Mapping[str, Any]], metric: str, y: Callable[[float], float]) -> Markup:
-    """A point per system; names in the margin for what costs everything, beside the point for the rest."""
+    """A point per predictor; the name is in the margin for those at full cost, else beside the point."""
     ranked = sorted((s for s in systems if s["kind"] == "expert"), key=lambda s: s["score"])
     best = (ranked[0] if metric == "mse" else ranked[-1]) if ranked else None
     parts, margin = [], []
-    for system in sorted(systems, key=lambda s: s["kind"] == "foe"):  # the fusion lies on top
+    for system in sorted(systems, key=lambda s: s["kind"] == "foe"):  # the fusion on top
         kind, where = system["kind"], f"left:{100 * system['cost']:.2f}%;top:{y(system['score']):.2f}%"
         if kind == "oracle":
             parts.append(Markup('<i class="oracle" style="top:{:.2f}%"></i>').format(y(system["score"])))
@@ -191,7 +191,7 @@ def _marks(systems: Sequence[Mapping[str, Any]], metric: str, y: Callable[[float
 
 
 def score_axis(results: Results) -> tuple[float, float, list[float]]:
-    """Lowest and highest score drawn, and the ticks: the best expert and all that is better is in the picture."""
+    """Lowest and highest score of the axis, and its ticks; it includes the best expert and everything better."""
     experts = [s["score"] for s in results["systems"] if s["kind"] == "expert"]
     scores = [s["score"] for s in results["systems"] if s["kind"] != "expert"] + [p["score"] for p in results["curve"]]
     scores += [min(experts) if results["metric"] == "mse" else max(experts)] if experts else []

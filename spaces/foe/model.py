@@ -23,8 +23,8 @@ class Served(Loaded):
 
     Attributes:
         processor: from `AutoProcessor`.
-        kind: "text" or "image", what it takes.
-        results: its `results.json`, see `processing.read_results`.
+        kind: of its inputs, "text" or "image".
+        results: from its `results.json`, see `processing.read_results`.
         examples: texts from the card's `widget`, to click.
     """
 
@@ -41,7 +41,7 @@ class Served(Loaded):
 
     @property
     def digits(self) -> bool:
-        """Whether it reads handwritten digits."""
+        """Whether its inputs are handwritten digits."""
         return self.kind == "image" and are_digits(self.labels)
 
     @torch.no_grad()
@@ -49,20 +49,20 @@ class Served(Loaded):
         """Runs the model on one text or picture.
 
         Args:
-            budget: share of the experts' cost that may be spent; None queries every expert.
+            budget: maximum share of the experts' cost; None queries every expert.
 
         Returns:
-            See `processing.read_routing`.
+            The routing, see `processing.read_routing`.
         """
-        given = {"text": [example]} if self.kind == "text" else {"images": [example]}
-        inputs = self.processor(**given).to(self.model.device)
+        arguments = {"text": [example]} if self.kind == "text" else {"images": [example]}
+        inputs = self.processor(**arguments).to(self.model.device)
         if self.model.config.vocabularies:
             return self._generate(inputs)
         logits = self.model(**inputs, budget=budget).logits[0].float().cpu()
         return read_routing(self.model.config, self.model.routing_trace(), logits, budget)
 
     def _generate(self, inputs: Any) -> Routing:
-        """The continuation by the expert that is chosen."""
+        """The text that the chosen expert generates."""
         config = self.model.config
         tokens = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS)
         routing = read_routing(config, self.model.routing_trace(), None, None)
@@ -74,7 +74,7 @@ class Served(Loaded):
 
 
 def load(settings: Settings) -> Served:
-    """Loads a published FoE, or one in a folder; everything comes from one commit.
+    """Loads a published FoE or one in a folder, with all files from one commit.
 
     Raises:
         LoadError: with a message for the page.
@@ -84,9 +84,9 @@ def load(settings: Settings) -> Served:
         model = AutoModel.from_pretrained(source.id, **source.options).eval()
     kinds = set(processor.kinds)
     if len(kinds) > 1:
-        raise LoadError(f"{source.id} takes text and images together; this page can give it only one of them.")
+        raise LoadError(f"{source.id} takes text and images together; this page supports one of them only.")
     model.record_routing = True
-    model.config.budget = None  # the page's budget decides, and "all experts" means all
+    model.config.budget = None  # the budget is set on the page, where "all experts" means no budget
     texts = [row["text"] for row in source.read_widget() if isinstance(row, dict) and isinstance(row.get("text"), str)]
     return Served(
         id=source.id,
@@ -100,6 +100,6 @@ def load(settings: Settings) -> Served:
 
 
 def _check(model_id: str, config: Any) -> None:
-    """Refuses what is not a FoE, before its weights are fetched."""
+    """Checks, before any weights are fetched, that a model is a FoE."""
     if not isinstance(config, dict) or config.get("model_type") != "foe":
         raise LoadError(f"{model_id} is not a Fusion of Experts: its config.json does not say model_type foe.")

@@ -10,9 +10,9 @@ from processing import Routing, shown_labels
 from shared.page import count, join, link, percent
 from shared.page import header as page_header
 
-LABEL_WIDTHS = (4, 16)  # characters a column of names is wide, at least and at most
-LONG_ANSWER = 24  # characters; longer answers are set smaller
-NUMBERED = 0.03  # pieces of the cost strip at least this wide have room for their number
+LABEL_WIDTHS = (4, 16)  # minimum and maximum width of a column of names, in characters
+LONG_ANSWER = 24  # characters; longer answers have smaller letters
+NUMBERED = 0.03  # minimum share of the cost strip for a piece to show its number
 TIGHT_LABEL = 6  # characters; with labels up to this length two experts fit side by side on a phone
 
 
@@ -28,7 +28,7 @@ def header(model_id: str, url: str, sha: str, experts: int, labels: int, mode: s
     """Name of the model and one sentence on what it does."""
     who = count(experts, "expert")
     if mode == "selection":
-        does = f"A small network reads the input and selects the one of {who} that answers."
+        does = f"A small network reads the input and selects one of {who} to predict."
     else:
         does = f"{who}, {count(labels, 'label')}: a small network fuses the experts' predictions into one"
         does += "; with a budget, it queries only those worth their cost." if frugal else "."
@@ -48,9 +48,9 @@ CHART = Markup(
 
 
 def bars(routing: Routing, probabilities: Sequence[float | None], digits: int = 2) -> Markup:
-    """One row per label: name, bar on the common axis, number; a dash for a label that is not known.
+    """One row per label: name, bar on the common axis, number; a dash for a label that the expert does not know.
 
-    The bar of the fused answer is blue; the longest one, if that is another, is orange.
+    The bar of the fused prediction is blue; the longest one, if it is another, is orange.
 
     Args:
         probabilities: one per label of the routing.
@@ -64,7 +64,7 @@ def bars(routing: Routing, probabilities: Sequence[float | None], digits: int = 
         if value is None:
             rows.append(bar(label, None, 0.0, "unknown"))
         else:
-            # a score of a regression is the answer itself and has nothing to differ from
+            # a regression has one score, which cannot differ from the answer
             same = label == routing["answer"] or len(routing["labels"]) == 1
             kind = "same" if same else "differs" if value == top > low else ""
             rows.append(bar(label, value, (value - low) / (high - low), kind, digits))
@@ -81,7 +81,7 @@ def bar(name: str, value: float | None, length: float, kind: str = "", digits: i
 
 
 def chart(rows: Sequence[Markup], names: Sequence[str], ticks: Sequence[float]) -> Markup:
-    """Rows of bars over their axis; the column of names is equally wide in every chart of the same names."""
+    """Rows of bars over their axis; the column of names has the same width in all charts with the same names."""
     width = min(max([LABEL_WIDTHS[0], *map(len, names)]), LABEL_WIDTHS[1])
     marks = join(Markup("<span>{:.3g}</span>").format(tick) for tick in ticks)
     return CHART.format(width=width, count=len(rows), rows=join(rows), ticks=marks)
@@ -107,7 +107,7 @@ STEP = Markup("<li><b>{}</b>{} <span>{}</span></li>")
 
 
 def answer_panel(routing: Routing, picture: str | None = None) -> Markup:
-    """The fused answer with its confidence and bars, and what it cost.
+    """The fused prediction with its confidence, bars and cost.
 
     Args:
         picture: data URL of the picture as the experts saw it.
@@ -127,7 +127,7 @@ def answer_panel(routing: Routing, picture: str | None = None) -> Markup:
 
 
 def cost_strip(routing: Routing) -> Markup:
-    """The cost of asking every expert as one strip, cut by expert: those queried are filled, in that order."""
+    """The cost of all experts as a strip with a piece for each: queried ones first, in their order, and filled."""
     experts = routing["experts"]
     one_by_one = routing["budget"] is not None
     queried = sorted((e for e in experts if e["order"]), key=lambda e: e["order"])
@@ -155,7 +155,7 @@ def cost_strip(routing: Routing) -> Markup:
 
 
 def fit_bars(routing: Routing) -> Markup:
-    """In selection: the expert that was chosen, and how well each fits the input, says the fuser."""
+    """In selection: the chosen expert, and the fuser's score of each expert."""
     ranked = sorted(routing["experts"], key=lambda expert: -expert["score"])
     rows = [bar(short(e["name"]), e["score"], e["score"], "same" if e["order"] else "", 3) for e in ranked]
     body = Markup('<p class="ui-note">Score of each expert on this input, by the fuser</p>{}').format(
@@ -212,7 +212,7 @@ def _expert(expert: Mapping[str, Any], routing: Routing, url: str | None) -> Mar
     elif queried and not routing["labels"]:
         body = Markup('<p class="ui-note">chosen</p>')
     else:
-        word = "no finite answer" if queried else "not chosen" if selection else "not queried"
+        word = "no finite output" if queried else "not chosen" if selection else "not queried"
         body = Markup('<p class="foe-idle">{}</p>').format(word)
     return EXPERT.format(
         idle="" if queried else " idle",

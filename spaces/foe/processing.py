@@ -1,4 +1,4 @@
-"""From a picture to what digit experts read, and from a model's trace to plain data: pure functions, no page."""
+"""Converts pictures to the form of MNIST, and a model's trace to plain data: pure functions."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ Routing = dict[str, Any]
 
 
 def are_digits(labels: Sequence[str]) -> bool:
-    """Whether every label is a digit, as a word or a numeral: then the input is a drawing in MNIST's manner."""
+    """Whether every label is a digit, as a word or a numeral, so that inputs are drawings in the form of MNIST."""
     known = {*NUMERALS, *NUMERALS.values()}
     return bool(labels) and all(label.strip().lower() in known for label in labels)
 
 
-def read_picture(given: str | Path) -> Image.Image:
-    """The picture that a visitor gave: an uploaded file, or a data URL.
+def read_picture(source: str | Path) -> Image.Image:
+    """Opens a visitor's picture: an uploaded file, or a data URL.
 
     Raises:
-        InputError: for anything else, see `pictures.open_picture`.
+        InputError: it is not a picture, see `pictures.open_picture`.
     """
-    if isinstance(given, str) and not given.startswith("data:"):  # a visitor's text names no file
+    if isinstance(source, str) and not source.startswith("data:"):  # a visitor must not name files of this machine
         raise InputError("That is not a picture.")
-    return read_upload(given)
+    return read_upload(source)
 
 
 def to_mnist(picture: Image.Image) -> Image.Image:
-    """A drawing or photo of one digit in MNIST's manner: 28 x 28, light on black, the glyph 20 high and centred.
+    """Converts a drawing or photo of a digit to the form of MNIST: 28 x 28, light on black, the glyph 20 high, centred.
 
-    A picture of 28 x 28 on a dark ground is such a digit already and stays as it is.
+    A picture of 28 x 28 with a dark background is taken to be in this form already.
 
     Raises:
-        InputError: for a blank picture.
+        InputError: the picture is blank.
     """
     grey = _grey(picture)
     frame = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -57,7 +57,7 @@ def to_mnist(picture: Image.Image) -> Image.Image:
         return Image.fromarray(grey.round().astype(np.uint8))
     ink = (ground - grey if ground >= 128 else grey - ground).clip(min=0)  # dark on light is inverted
     if ink.max() < FAINT:
-        raise InputError("There is nothing to read yet: draw a digit, or pick an example.")
+        raise InputError("The picture is blank: draw a digit, or pick an example.")
     rows, columns = np.nonzero(ink > INK * ink.max())
     glyph = Image.fromarray(
         (ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] / ink.max() * 255).astype(np.uint8)
@@ -76,7 +76,7 @@ def to_mnist(picture: Image.Image) -> Image.Image:
 
 
 def _grey(picture: Image.Image) -> np.ndarray:
-    """Grey levels (H, W) as floats; what is transparent becomes a ground that contrasts with the rest."""
+    """Grey levels (H, W) as floats; transparent pixels become a background that contrasts with the others."""
     picture = ImageOps.exif_transpose(picture)
     picture.thumbnail((512, 512))
     pixels = np.asarray(picture.convert("RGBA"), dtype=float)
@@ -91,19 +91,19 @@ def _grey(picture: Image.Image) -> np.ndarray:
 
 
 def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: float | None) -> Routing:
-    """What a FoE did with one example, as plain data; this is also what the API answers.
+    """The routing of one example as plain data, which is also the response of the API.
 
     Args:
         config: the model's: experts, id2label, mode, problem_type, features_from.
         trace: ``model.routing_trace()`` after a forward of one example.
-        logits: (C,) fused logits; None for a language model, whose trace holds no answers.
-        budget: the share that was allowed; None where every expert was queried.
+        logits: (C,) fused logits; None for a language model.
+        budget: of the forward; None if every expert was queried.
 
     Returns:
         answer, confidence, labels, probabilities (one per label), cost (share of querying every expert), budget, mode,
-        axis (where bars begin and end), and experts: name, cost_share, order (1 for the first queried, 0 for one that
-        was not), score (how well it fits, in selection), labels (those it knows), probabilities (one per label, None
-        for a label it does not know; None altogether if it was not queried or gave no finite answer).
+        axis (ends of the axis of bars), and experts: name, cost_share, order (1 for the first queried, 0 for one not
+        queried), score (the fuser's probability of it, in selection), labels (those it knows), probabilities (one per
+        label, None for a label it does not know; None altogether if it was not queried or its output is not finite).
     """
     regression, selection = config.problem_type == "regression", config.mode == "selection"
     labels = [] if logits is None else [str(config.id2label[index]) for index in range(len(logits))]
@@ -117,7 +117,7 @@ def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: flo
         if order[index] and labels:
             outputs = fused if selection else trace["outputs"][0, index].tolist()
             if not selection and not regression and not any(outputs):
-                outputs = None  # logits that were not finite count as not queried
+                outputs = None  # an expert with non-finite logits counts as not queried
         experts.append(
             {
                 "name": str(row["name"]),
@@ -126,11 +126,11 @@ def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: flo
                 "order": order[index],
                 "score": scores[index],
                 "labels": [labels[label] for label in known] if labels else [],
-                "probabilities": outputs and [value if place in known else None for place, value in enumerate(outputs)],
+                "probabilities": outputs and [value if label in known else None for label, value in enumerate(outputs)],
             }
         )
     best = max(range(len(fused)), key=fused.__getitem__) if fused else None
-    everything = [*fused, *(v for e in experts for v in e["probabilities"] or [] if v is not None)]
+    all_values = [*fused, *(v for e in experts for v in e["probabilities"] or [] if v is not None)]
     return {
         "answer": None if best is None else f"{fused[0]:.2f}" if regression else labels[best],
         "confidence": None if best is None or regression else fused[best],
@@ -139,13 +139,13 @@ def read_routing(config: Any, trace: Mapping[str, Any], logits: Any, budget: flo
         "cost": _cost(experts, config) if selection else sum(e["cost_share"] for e in experts if e["order"]),
         "budget": budget,
         "mode": config.mode,
-        "axis": [math.floor(min(0.0, *everything)), math.ceil(max(1.0, *everything))] if regression else [0.0, 1.0],
+        "axis": [math.floor(min(0.0, *all_values)), math.ceil(max(1.0, *all_values))] if regression else [0.0, 1.0],
         "experts": experts,
     }
 
 
 def _cost(experts: Sequence[Mapping[str, Any]], config: Any) -> float:
-    """In selection: every expert embeds the input, or one does and the chosen one follows."""
+    """The cost in selection: all experts, or the one that embeds the input and the chosen one."""
     if config.features_from is None:
         return 1.0
     return sum(e["cost_share"] for i, e in enumerate(experts) if e["order"] or i == config.features_from)
@@ -157,10 +157,10 @@ def _softmax(values: Sequence[float]) -> list[float]:
 
 
 def shown_labels(routing: Routing, most: int = 10) -> tuple[list[int], int]:
-    """The labels that get a bar, the same and in the same order for everyone, and how many are summed up as others.
+    """The labels that have a bar, the same in every chart, and the number of other labels, which share one bar.
 
-    Up to `most` + 1 labels are all shown; of more, the `most` that anyone gives the highest probability. In selection
-    only the chosen expert's labels count.
+    At most `most` + 1 labels are all shown; otherwise the `most` with the highest probability in any chart. In
+    selection only the chosen expert's labels count.
     """
     labels = list(range(len(routing["labels"])))
     if routing["mode"] == "selection":
@@ -178,9 +178,9 @@ def shown_labels(routing: Routing, most: int = 10) -> tuple[list[int], int]:
 
 
 def read_results(values: Any) -> dict[str, Any] | None:
-    """What `results.json` holds, as far as it is sound: predictors and curve with finite scores and costs, or None.
+    """The valid part of `results.json`: predictors and curve with finite scores and costs; None if there is none.
 
-    Files from before all results had one form are read as well: they have `systems` with a score each and a `dataset`.
+    Files of an earlier format are read as well: they have `systems` with a score each and a `dataset`.
     """
     if not isinstance(values, dict):
         return None
@@ -204,7 +204,7 @@ def read_results(values: Any) -> dict[str, Any] | None:
 
 
 def _pooled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of predictors that were measured on one task: their scores, and the task as metric, n and data set."""
+    """Results on a single task, converted to the earlier format: scores of predictors, metric, n and data set."""
     tasks = _rows(values.get("tasks"))
     if len(tasks) != 1:
         return {}
@@ -223,7 +223,7 @@ def _rows(values: Any) -> list[dict[str, Any]]:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """score, cost and ci95 of a row, or None where they are not finite numbers."""
+    """Score, cost and ci95 of a row, or None if they are not finite numbers."""
     try:
         score, cost = float(row["score"]), float(row["cost"])
         low, high = (float(bound) for bound in row.get("ci95") or (score, score))

@@ -19,15 +19,15 @@ EXAMPLE = '<button type="button" aria-label="Example: {name}"><img src="{url}" a
 
 BUDGET = """<div class="ui-card foe-budget"><label><span>Budget</span><output></output>
 <input type="range" min="1" max="11" step="1" value="11"></label>
-<div class="ends" aria-hidden="true"><span>10 % of the cost</span><span>all experts, at once</span></div></div>"""
+<div class="ends" aria-hidden="true"><span>10 % of the cost</span><span>all experts at once</span></div></div>"""
 
 
 def pad(examples: dict[str, str], value: str = "") -> gr.HTML:
-    """A square to draw on, with upload and examples; its value is a data URL, empty for a blank one.
+    """A square to draw on, with upload and examples; its value is a data URL, empty for a blank pad.
 
     Args:
         examples: name -> data URL.
-        value: what is on it at first.
+        value: initial picture.
     """
     buttons = "".join(EXAMPLE.format(name=escape(name), url=escape(url)) for name, url in examples.items())
     return _widget(PAD.format(examples=buttons), "pad.js", value)
@@ -39,6 +39,6 @@ def budget() -> gr.HTML:
 
 
 def _widget(html: str, script: str, value: str) -> gr.HTML:
-    # No `${value}` in the template: a new value then leaves the DOM, and so the drawing, alone.
+    # No `${value}` in the template, so that a new value does not replace the DOM and with it the drawing.
     code = (FOLDER / script).read_text(encoding="utf-8")
     return gr.HTML(value, html_template=html, js_on_load=code, apply_default_css=False)

@@ -26,10 +26,10 @@ from shared.settings import on_gpu, read_settings
 
 FOLDER = Path(__file__).parent
 SETTINGS = read_settings("hf-fusion/phatgoose-smollm2")
-QUEUE: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}  # answers are written side by side
+QUEUE: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}  # two answers at a time
 HOUR = 3600  # seconds that a visitor's routing and its file are kept
-KEPT = 48  # answers; the same prompt always gets the same one
-_kept: dict[tuple[str, Writer], Answer] = {}
+MOST_CACHED = 48  # answers; decoding is greedy, so equal prompts have equal answers
+_cached: dict[tuple[str, Writer], Answer] = {}
 
 
 @cache
@@ -40,38 +40,38 @@ def served() -> Served:
 
 @on_gpu
 def ask(prompt: str, writer: Writer) -> Iterator[Answer]:
-    """The only function that needs a GPU."""
+    """Runs the model; the only function that needs a GPU."""
     yield from served().ask(prompt, writer)
 
 
 def answers(prompt: str, writer: Writer = ROUTED) -> Iterator[Answer]:
-    """An answer as it grows, or at once where it is kept; the last one is complete.
+    """Yields a growing answer, or a complete one from the cache; the last one is complete.
 
     Raises:
-        InputError: for an empty prompt, and one that is too long.
+        InputError: the prompt is empty or too long.
     """
-    answer = _kept.get((prompt, writer))
+    answer = _cached.get((prompt, writer))
     if answer:
         yield answer
         return
     for answer in ask(prompt, writer):
         yield answer
     assert answer is not None
-    _kept[prompt, writer] = answer
-    for oldest in list(_kept)[:-KEPT]:
-        _kept.pop(oldest, None)  # another visitor's answer may have made room for itself meanwhile
+    _cached[prompt, writer] = answer
+    for oldest in list(_cached)[:-MOST_CACHED]:
+        _cached.pop(oldest, None)  # another thread may have removed it meanwhile
 
 
 def generate(prompt: str) -> dict[str, Any]:
-    """Answers a prompt and tells how every token was routed.
+    """Generates an answer to a prompt and returns the routing of every token.
 
     Args:
-        prompt: the question; the Space puts it into the form that the model knows.
+        prompt: the question, without the model's template.
 
     Returns:
         model and revision; prompt and answer; experts; tokens, each with its text, its part (prompt or answer), its
-        dominant expert and that one's weight; usage, the share of all weight by expert; entropy by linear layer; and
-        modules, for each linear layer the experts and weights of each token.
+        dominant expert and the weight of that expert; usage, the share of all weight by expert; entropy by linear
+        layer; and modules, for each linear layer the experts and weights of each token.
     """
     with refused():
         *_, last = answers(prompt)
@@ -86,22 +86,22 @@ def data_of(answer: Answer) -> dict[str, Any]:
 
 
 def trace_file(answer: Answer) -> Path:
-    """The same as a file to download; Gradio deletes it with its cache."""
+    """A complete routed answer as a file to download, which Gradio deletes with its cache."""
     path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / "routing.json"
     path.write_text(json.dumps(data_of(answer)), encoding="utf-8")
     return path
 
 
-# ---------------------------------------------------------------- what the page asks for
+# ---------------------------------------------------------------- callbacks of the page
 
 
 def begin(prompt: str) -> tuple[str, str]:
-    """What is shown at once, while others may still be served."""
+    """The panels that are shown at once, even while others wait in the queue."""
     return page.streaming(prompt, ""), ""
 
 
 def run(prompt: str) -> Iterator[tuple[Any, ...]]:
-    """Answer, its data, one token, overview and download, as the answer grows."""
+    """Yields answer, state, inspector, overview and download, as the answer grows."""
     names = served().names
     try:
         with reported():
@@ -128,14 +128,14 @@ def inspect(answer: Answer | None, event: gr.EventData) -> str:
     """The routing of the token that was clicked."""
     token = event._data.get("token") if isinstance(event._data, dict) else None
     if answer is None or answer.routing is None:
-        return message("This answer is gone", "Its routing was kept for an hour: run the prompt again.")
+        return message("This answer has expired", "Its routing is kept for an hour: run the prompt again.")
     if not isinstance(token, int) or not 0 <= token < len(answer.routing.pieces):
         raise gr.Error(f"There is no token {token}.")
     return page.inspector(answer.routing, served().names, token)
 
 
 def compare(answer: Answer | None, expert: int) -> Iterator[str]:
-    """The same prompt by the router, the base, the merged mean and one expert, one after the other."""
+    """Yields the answers of the router, the base, the merged experts and one expert to the same prompt, one by one."""
     if answer is None:
         yield ""
         return
@@ -150,14 +150,14 @@ def compare(answer: Answer | None, expert: int) -> Iterator[str]:
 def _comparison(answer: Answer, others: list[Writer], texts: dict[Writer, Answer]) -> str:
     names = served().names
     heads: dict[Writer, tuple[str, str]] = {
-        BASE: ("Base", "no expert at all"),
+        BASE: ("Base", "without experts"),
         MERGED: ("Merged", f"the mean of all {count(len(names), 'expert')}, for every token"),
     }
     rows: list[tuple[str, str, str | None, bool]] = [("PHATGOOSE", "every token to its experts", answer.text, True)]
     for writer in others:
         title, note = heads.get(writer) or (names[int(writer)], "this expert alone, for every token")
-        given = texts.get(writer)
-        rows.append((title, note, given.text if given else None, bool(given and given.done)))
+        other = texts.get(writer)
+        rows.append((title, note, other.text if other else None, bool(other and other.done)))
     return page.comparison(rows)
 
 
@@ -165,7 +165,7 @@ def _comparison(answer: Answer, others: list[Writer], texts: dict[Writer, Answer
 
 
 def build() -> gr.Blocks:
-    """The page of the router named by MODEL_ID, or one that says why it cannot be served."""
+    """The page of the router named by MODEL_ID, or a page that says why it cannot be served."""
     with gr.Blocks(title="PHATGOOSE", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         try:
             model = served()
@@ -203,7 +203,7 @@ def build() -> gr.Blocks:
             [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
             value=model.best,
             label="Expert alone",
-            info="The best one alone by what was measured is chosen at first." if model.measured else None,
+            info="The initial choice is the expert with the best measured score." if model.measured else None,
         )
         comparison = gr.HTML("", apply_default_css=False)
 
@@ -223,7 +223,7 @@ def build() -> gr.Blocks:
 
 
 def _api() -> None:
-    """The one verb for clients."""
+    """The API's only endpoint."""
     with gr.Row(visible=False):
         prompt = gr.Textbox(label="prompt")
         gr.Button().click(generate, prompt, gr.JSON(label="routing"), api_name="generate", **QUEUE)

@@ -1,4 +1,4 @@
-"""A published router of language models, loaded by its id; it writes an answer as a stream, and tells how it routed."""
+"""A published router of language models, loaded by its id; it streams an answer and returns its routing."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ EXAMPLES = [
     "What is 17 + 25?",
     "Tell me in one sentence what a router is.",
 ]
-# How a question is put, by what a tokenizer's chat template contains; one without system message, as adapters are
-# trained: SmolLM2's own template would add one.
+# Marker in a tokenizer's chat template → the form of a prompt. It has no system message, as in the adapters' training;
+# SmolLM2's template would add one.
 DIALECTS = {"<|im_start|>": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"}
-# who writes: the router itself, the base alone, the mean of all experts, or the expert of that index
+# what generates: the router, the base alone, the mean of all experts, or the expert of an index alone
 Writer = str | int
 ROUTED, BASE, MERGED = "routed", "base", "merged"
 
@@ -44,7 +44,7 @@ class Answer:
     """An answer so far.
 
     Attributes:
-        prompt: as it was given.
+        prompt: of the visitor.
         text: of the answer.
         done: whether it is complete.
         routing: of prompt and answer, once a routed answer is complete.
@@ -64,8 +64,8 @@ class Served(Loaded):
         tokenizer: from `AutoTokenizer`.
         template: the prompt's form, with {} for the prompt; None: the tokenizer's chat template.
         examples: prompts to click.
-        best: index of the expert that was measured to be the best alone, 0 where none was.
-        measured: whether one was.
+        best: index of the expert with the best measured score; 0 if none was measured.
+        measured: whether scores of experts were measured.
     """
 
     tokenizer: Any
@@ -81,36 +81,36 @@ class Served(Loaded):
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Tokens that a prompt may have, and that are written at most."""
+        """Maximum number of tokens of a prompt, and of generated tokens."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT * 2
         new = min(NEW_TOKENS, context // 2)
         return min(LONGEST_PROMPT, context - new), new
 
     def read(self, prompt: str | None) -> torch.Tensor:
-        """The tokens of a prompt in the form that the model knows, (1, T).
+        """The token ids of a prompt in the model's template, (1, T).
 
         Raises:
-            InputError: for an empty prompt, and one that is too long.
+            InputError: the prompt is empty or too long.
         """
         prompt, tokenizer, most = (prompt or "").strip(), self.tokenizer, self.limits[0]
         if not prompt:
             raise InputError("There is no prompt yet: write something first.")
         if len(prompt) > MOST_CHARACTERS:
-            raise InputError(f"That prompt is too long: {MOST_CHARACTERS:,} characters are the most.")
+            raise InputError(f"That prompt is too long: at most {MOST_CHARACTERS:,} characters are allowed.")
         if self.template is None:
             question = [{"role": "user", "content": prompt}]
-            given = tokenizer.apply_chat_template(
+            encoded = tokenizer.apply_chat_template(
                 question, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         else:
-            given = tokenizer(self.template.replace("{}", prompt, 1), return_tensors="pt")
-        ids = given["input_ids"]
+            encoded = tokenizer(self.template.replace("{}", prompt, 1), return_tensors="pt")
+        ids = encoded["input_ids"]
         if ids.shape[1] > most:
-            raise InputError(f"That prompt is too long: it has {ids.shape[1]:,} tokens, {most:,} are the most.")
+            raise InputError(f"That prompt is too long: it has {ids.shape[1]:,} tokens, at most {most:,} are allowed.")
         return ids
 
     def ask(self, prompt: str, writer: Writer = ROUTED) -> Iterator[Answer]:
-        """The answer as it grows; the last one is complete.
+        """Yields a growing answer; the last one is complete.
 
         Args:
             writer: `ROUTED`, `BASE`, `MERGED` or the index of an expert.
@@ -138,7 +138,7 @@ class Served(Loaded):
             for part in streamer:
                 text += part
                 yield Answer(prompt, text)
-        finally:  # also when nobody wants to read on
+        finally:  # also when the visitor leaves
             stopped.set()
             thread.join()
         if "error" in done:
@@ -152,8 +152,8 @@ class Served(Loaded):
         settings.update(max_new_tokens=self.limits[1], do_sample=False)
         stop = StoppingCriteriaList([_Stopped(stopped)])
         options = {"generation_config": settings, "streamer": streamer, "stopping_criteria": stop}
-        given = ids.to(model.device)
-        inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        input_ids = ids.to(model.device)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if writer != ROUTED:
             mean = [1 / count] * count
             with model.using({BASE: None, MERGED: mean}[writer] if isinstance(writer, str) else model.experts[writer]):
@@ -168,7 +168,7 @@ class Served(Loaded):
 
 
 class _Stopped(StoppingCriteria):
-    """Ends an answer that nobody waits for any more."""
+    """Stops generating after the visitor has left."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -178,7 +178,7 @@ class _Stopped(StoppingCriteria):
 
 
 def load(settings: Settings) -> Served:
-    """Loads a published router, or one in a folder; everything comes from one commit.
+    """Loads a published router or one in a folder, with all files from one commit.
 
     Raises:
         LoadError: with a message for the page.
@@ -197,31 +197,31 @@ def load(settings: Settings) -> Served:
         best=best or 0,
         measured=best is not None,
     )
-    model.record_routing = sum(served.limits)  # once: visitors share the model, and each thread has its own trace
+    model.record_routing = sum(served.limits)  # set once, since visitors share the model; each thread has its own trace
     return served
 
 
 def _check(model_id: str, config: Any) -> None:
-    """Refuses what is no router of a causal language model, before its weights are fetched."""
+    """Checks, before any weights are fetched, that a model is a router of a causal language model."""
     if not isinstance(config, dict) or config.get("model_type") != "phatgoose":
         raise LoadError(f"{model_id} is not a PHATGOOSE router: its config.json does not say model_type phatgoose.")
     if (head := config.get("head", "causal-lm")) != "causal-lm":
-        raise LoadError(f"{model_id} has no causal head but one for {head}; this page streams what a model writes.")
+        raise LoadError(f"{model_id} has a head for {head}; this page needs a causal language model.")
 
 
 def _template(chat_template: str | None) -> str | None:
-    """The prompt's form where nobody set one: the prompt itself where the tokenizer knows no chat."""
+    """The default form of a prompt: the prompt alone without a chat template; None to use the tokenizer's template."""
     if not chat_template:
         return "{}"
     return next((form for mark, form in DIALECTS.items() if mark in chat_template), None)
 
 
 def best_expert(results: Any, experts: list[str]) -> int | None:
-    """Index of the expert with the best score alone, from the content of results.json; None where none was measured.
+    """Index of the expert with the best score, from the content of results.json; None if none was measured.
 
     Args:
-        results: holds `predictors` (in earlier files `systems`), each with a name and either a score or the means over
-            groups of tasks.
+        results: contains `predictors` (in earlier files `systems`), each with a name and either a score or the means
+            over groups of tasks.
     """
     rows = results.get("predictors", results.get("systems")) if isinstance(results, dict) else None
     names = {**{name: i for i, name in enumerate(short_names(experts))}, **{n: i for i, n in enumerate(experts)}}
@@ -236,8 +236,8 @@ def best_expert(results: Any, experts: list[str]) -> int | None:
     return max(scores, key=lambda expert: scores[expert]) if scores else None
 
 
-def read_examples(given: Any) -> list[str]:
+def read_examples(content: Any) -> list[str]:
     """Prompts from the content of examples.json: texts, or objects with a "prompt" or "text"."""
-    rows = given if isinstance(given, list) else []
+    rows = content if isinstance(content, list) else []
     texts = [row.get("prompt", row.get("text")) if isinstance(row, dict) else row for row in rows]
     return [text for text in texts if isinstance(text, str) and text.strip()][:MOST_EXAMPLES]

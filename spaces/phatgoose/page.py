@@ -13,7 +13,7 @@ from shared.page import count, join, link, percent
 from shared.page import header as page_header
 from shared.plots import FEW_LAYERS, axis_labels
 
-MOST_COLUMNS = MOST_COLOURED  # experts that a heat map shows by themselves
+MOST_COLUMNS = MOST_COLOURED  # experts with their own column in a heat map
 
 # ---------------------------------------------------------------- head
 
@@ -50,21 +50,21 @@ LEGEND_ROW = Markup("<li>{badge}{name}</li>")
 
 
 def streaming(prompt: str, answer: str) -> Markup:
-    """The answer as it is written, not yet coloured."""
+    """The answer while it is generated, not yet coloured."""
     return ANSWER.format(busy="true", prompt=prompt, answer=Markup("{}{}").format(answer, CURSOR), legend="")
 
 
 def answer(routing: Routing, names: Sequence[str], chosen: int) -> Markup:
-    """Prompt and answer, each token in the colour of its dominant expert, a button that shows its routing.
+    """Prompt and answer; each token has the colour of its dominant expert and is a button that shows its routing.
 
     Args:
-        names: of the experts, as they are shown.
-        chosen: the token whose routing is shown at first.
+        names: of the experts, for display.
+        chosen: index of the token whose routing is shown initially.
     """
     tops = routing.dominant()
     tokens = [_token(routing, index, top, names, chosen) for index, top in enumerate(tops)]
-    seen = sorted({top[0] for top in tops if top})
-    rows = [LEGEND_ROW.format(badge=badge(expert), name=names[expert]) for expert in seen]
+    dominant = sorted({top[0] for top in tops if top})
+    rows = [LEGEND_ROW.format(badge=badge(expert), name=names[expert]) for expert in dominant]
     if None in tops:
         rows.append(Markup('<li><b class="ui-expert none">–</b>not read again, so not routed</li>'))
     return ANSWER.format(
@@ -77,14 +77,16 @@ def answer(routing: Routing, names: Sequence[str], chosen: int) -> Markup:
 
 def _token(routing: Routing, index: int, top: tuple[int, float] | None, names: Sequence[str], chosen: int) -> Markup:
     text = routing.pieces[index]
-    end = "\n" if text.endswith("\n") else ""  # behind the element, so that it ends where its line does
+    end = "\n" if text.endswith("\n") else ""  # after the element, so that this ends with its line
     piece = (BREAK + "\n").join(text.removesuffix("\n").split("\n")) + (BREAK if end else "")
     if not text:
         piece = Markup('<i class="pg-part"></i>')
     elif routing.special[index]:
         piece = Markup("<small>{}</small>").format(piece)
     if top is None:
-        return SILENT.format(title="the last token: written, but not read again", look=look(None), piece=piece, end=end)
+        return SILENT.format(
+            title="the last token: generated, but not read again", look=look(None), piece=piece, end=end
+        )
     expert, share = top
     title = f"{expert + 1} {names[expert]}, {percent(share)} of the weight"
     return TOKEN.format(
@@ -99,7 +101,7 @@ def _token(routing: Routing, index: int, top: tuple[int, float] | None, names: S
 
 
 def first_choice(routing: Routing) -> int:
-    """The token that is shown at first: the last one of the prompt, from which the answer begins."""
+    """The token that is shown initially: the last one of the prompt, from which the answer begins."""
     return max(routing.prompt - 1, 0)
 
 
@@ -143,7 +145,7 @@ def inspector(routing: Routing, names: Sequence[str], token: int) -> Markup:
 
 
 def mosaic(routing: Routing, names: Sequence[str], token: int) -> Markup:
-    """Kinds of linear layers × layers: each cell is the dominant expert's."""
+    """Kinds of linear layers × layers; each cell has the dominant expert's colour."""
     weights, layers = routing.at(token), routing.layers()
     kinds = list(dict.fromkeys(kind_of(module) for module in routing.modules))
     short = kind_names(kinds)
@@ -164,9 +166,9 @@ def mosaic(routing: Routing, names: Sequence[str], token: int) -> Markup:
 
 
 def heat_map(routing: Routing, names: Sequence[str], token: int) -> Markup:
-    """Linear layers × experts with the weights as numbers; every layer's mean above them.
+    """Linear layers × experts with the weights as numbers, and each layer's mean above its rows.
 
-    Experts without any weight are left out, and those of least weight are summed where there are many.
+    Experts without weight are left out; if there are many, those with the least weight are summed in one column.
     """
     weights = routing.at(token)
     ranked = [e for e in weights.sum(0).argsort(descending=True).tolist() if weights[:, e].any()]
@@ -178,8 +180,8 @@ def heat_map(routing: Routing, names: Sequence[str], token: int) -> Markup:
     short = kind_names(kind_of(module) for module in routing.modules)
 
     def cells(row: Any) -> Markup:
-        own = [_weight(float(row[expert]), expert) for expert in shown]
-        return join([*own, _weight(float(row.sum() - row[shown].sum()), None)] if has_rest else own)
+        weights = [_weight(float(row[expert]), expert) for expert in shown]
+        return join([*weights, _weight(float(row.sum() - row[shown].sum()), None)] if has_rest else weights)
 
     bodies = []
     for layer, indices in routing.layers().items():
@@ -200,7 +202,7 @@ def _layer_name(layer: str) -> str:
 
 
 def kind_names(kinds: Iterable[str]) -> dict[str, str]:
-    """Kinds of linear layers by their last part, where that is unique: "self_attn.q_proj" as "q_proj"."""
+    """Kinds of linear layers by their last part if that is unique: "self_attn.q_proj" as "q_proj"."""
     kinds = list(dict.fromkeys(kinds))
     last = [kind.rpartition(".")[2] for kind in kinds]
     return {kind: end if last.count(end) == 1 else kind for kind, end in zip(kinds, last, strict=True)}
@@ -257,8 +259,8 @@ def _bar(mark: Markup, name: str, share: float, longest: float, expert: int | No
 # ---------------------------------------------------------------- the same prompt, other weights
 
 COMPARISON_HEAD = Markup(
-    '<section class="ui-section"><h2>The same prompt, side by side</h2><p class="ui-note">What the router answers, and'
-    " what the base, all experts merged, and one expert alone do</p></section>"
+    '<section class="ui-section"><h2>The same prompt, side by side</h2><p class="ui-note">The answers of the router,'
+    " the base, all experts merged, and one expert alone</p></section>"
 )
 COMPARISON = Markup('<div class="pg-compare">{}</div>')
 CARD = Markup(
@@ -268,7 +270,7 @@ CARD = Markup(
 
 
 def comparison_head() -> Markup:
-    """What the answers side by side are."""
+    """The head of the comparison."""
     return COMPARISON_HEAD
 
 
@@ -276,7 +278,7 @@ def comparison(rows: Iterable[tuple[str, str, str | None, bool]]) -> Markup:
     """Answers side by side.
 
     Args:
-        rows: title, note, text (None: not begun) and whether it is complete.
+        rows: title, note, text (None before it begins) and whether it is complete.
     """
     return COMPARISON.format(join(_card(*row) for row in rows))
 

@@ -1,4 +1,4 @@
-"""What a router did with one prompt, as plain data: the experts of every token at every linear layer."""
+"""The routing of one prompt as plain data: the experts of every token at every linear layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens
 LAYER = re.compile(r"\.(\d+)\.")
-HEAD = "head"  # what a module outside the layers is counted to
+HEAD = "head"  # stands for the layer of modules outside all layers
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class Routing:
     """The routing of one prompt and its answer: T tokens, M linear layers, at most k experts each.
 
     Attributes:
-        pieces: text of each token; empty where a character goes on in the next one.
-        special: which tokens are markup.
-        prompt: how many tokens are the prompt.
-        experts, modules: names.
-        choice: (T, M, k) experts, -1 where nothing was routed: the last token is written and never read.
+        pieces: text of each token; empty if its character continues in the next token.
+        special: whether each token is markup.
+        prompt: number of tokens of the prompt.
+        experts: names.
+        modules: names.
+        choice: (T, M, k) indices of experts, -1 if not routed: the last token is generated, but never read.
         weight: (T, M, k), their weights.
         usage: share of all weight that each expert got.
         entropy: of each linear layer, in nats: how evenly it spread these tokens.
@@ -46,7 +47,7 @@ class Routing:
         return dense.scatter_add_(1, choice.clamp(min=0), self.weight[token].masked_fill(choice < 0, 0.0))
 
     def means(self) -> torch.Tensor:
-        """Mean weights of the experts over the linear layers that read a token, (T, E); zeros where none did."""
+        """Mean weights of the experts over the linear layers that read a token, (T, E); zeros if none did."""
         tokens = len(self.pieces)
         choice, weight = self.choice.reshape(tokens, -1).long(), self.weight.reshape(tokens, -1)
         total = torch.zeros(tokens, len(self.experts))
@@ -54,7 +55,7 @@ class Routing:
         return total / (self.choice >= 0).any(-1).sum(1, keepdim=True).clamp(min=1)
 
     def dominant(self) -> list[tuple[int, float] | None]:
-        """For each token the expert of the largest mean weight and that weight; None where it was not routed."""
+        """For each token the expert with the largest mean weight, and this weight; None if it was not routed."""
         shares, experts = self.means().max(1)
         return [(e, s) if s > 0 else None for e, s in zip(experts.tolist(), shares.tolist(), strict=True)]
 
@@ -74,9 +75,9 @@ class Routing:
 
 
 def read_trace(trace: Any, pieces: Sequence[str], special: Sequence[bool], prompt: int) -> Routing:
-    """A model's `PhatgooseTrace` beside the tokens it is about.
+    """Combines a model's `PhatgooseTrace` with the tokens that were routed.
 
-    Linear layers that saw fewer tokens saw the later ones: a routed head reads only what it writes from.
+    Linear layers that read fewer tokens read the last ones: a routed head reads only positions that it predicts from.
     """
     parts = [tuple(part[0] for part in trace.choices(module)) for module in trace.modules]
     read = max(len(choice) for choice, _ in parts)
@@ -101,7 +102,7 @@ def read_trace(trace: Any, pieces: Sequence[str], special: Sequence[bool], promp
 
 
 def to_data(routing: Routing) -> dict[str, Any]:
-    """Everything, for JSON: text and dominant expert of tokens, and choices and weights of linear layers by token."""
+    """The routing for JSON: text and dominant expert of tokens, and choices and weights of linear layers by token."""
     experts = routing.experts
     tokens = [
         {
@@ -127,20 +128,20 @@ def to_data(routing: Routing) -> dict[str, Any]:
 
 def layer_of(module: str) -> str:
     """The number of the layer that a module belongs to, or `HEAD`."""
-    found = LAYER.search(module)
-    return found.group(1) if found else HEAD
+    match = LAYER.search(module)
+    return match.group(1) if match else HEAD
 
 
 def kind_of(module: str) -> str:
     """A module's path within its layer: "self_attn.q_proj"."""
-    found = LAYER.search(module)
-    return module[found.end() :] if found else module
+    match = LAYER.search(module)
+    return module[match.end() :] if match else module
 
 
 def split_text(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text that each token adds; "" where a character ends in a later one.
+    """The text that each token adds; "" if its character ends in a later token.
 
-    A token is decoded behind the one before it: alone it would lose its leading space in some tokenizers.
+    A token is decoded together with the one before it, since some tokenizers drop the leading space of a single token.
     """
     pieces: list[str] = []
     start = read = 0

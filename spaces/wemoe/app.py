@@ -1,4 +1,4 @@
-"""WEMoE: give an input to a published model and see how its layers were merged for it, and what others predict.
+"""WEMoE: give an input to a published model, see how its layers were merged for it, and compare other merges.
 
     MODEL_ID=owner/name MODEL_REVISION=<commit> TRUST_REMOTE_CODE=true python app.py
 
@@ -48,15 +48,15 @@ def served() -> Served:
 
 @on_gpu
 def ask(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
-    """The only function that needs a GPU."""
+    """Runs the model; the only function that needs a GPU."""
     return served().answer(examples, task, weights)
 
 
-def chosen(task: Any) -> int | None:
-    """Index of the expert whose classification head is used, from its index or name; None where all share one.
+def task_index_of(task: Any) -> int | None:
+    """Index of the expert whose classification head is used, from its index or name; None if all share one head.
 
     Raises:
-        InputError: for an expert that is not there.
+        InputError: there is no such expert.
     """
     model = served()
     if not model.has_heads:
@@ -71,52 +71,52 @@ def chosen(task: Any) -> int | None:
     return task
 
 
-def read_input(*given: Any) -> Example:
-    """An example from what the page or the API was given: a text and maybe a second one, or a picture."""
+def read_input(*inputs: Any) -> Example:
+    """An example from the inputs of the page or the API: a text and perhaps a second one, or a picture."""
     if served().kind == "image":
-        return Example(image=None if given[0] is None else read_picture(given[0]))
-    text, pair = (*given, None)[:2]
+        return Example(image=None if inputs[0] is None else read_picture(inputs[0]))
+    text, pair = (*inputs, None)[:2]
     return Example((text or "").strip(), (pair or "").strip())
 
 
-def predict(*given: Any) -> dict[str, Any]:
-    """Answers one input.
+def predict(*arguments: Any) -> dict[str, Any]:
+    """Runs the model on one input.
 
     Args:
-        given: a text (and a second one, for pairs) or a picture; and the name of the expert whose classification head
-            is used, where each has one; by default the model's default task.
+        arguments: a text (and a second one, for pairs) or a picture; then the name of the expert whose classification
+            head is used, if each has one; by default the model's default task.
 
     Returns:
-        model and revision; answer; probabilities by label (empty for scores and written answers); coefficients, with
-        experts, the constant of task arithmetic, a coefficient for each expert by layer, and their means; and alone,
-        what task arithmetic and each expert alone answer.
+        model and revision; answer; probabilities by label (empty for regressions and language models); coefficients,
+        with experts, the constant of task arithmetic, a coefficient for each expert by layer, and their means; and
+        alone, the answers of task arithmetic and of each expert alone.
     """
     with refused():
-        *inputs, task = given
-        example, task_index = read_input(*inputs), chosen(task)
+        *inputs, task = arguments
+        example, task_index = read_input(*inputs), task_index_of(task)
         served().check(example)
     [answer] = ask([example], task_index or 0, ROUTED)
     assert answer.coefficients is not None
-    everyone: list[Weights] = [CONSTANT, *range(len(served().names))]
-    said = [ask([example], task_index or 0, weights)[0].text for weights in everyone]
+    others: list[Weights] = [CONSTANT, *range(len(served().names))]
+    texts = [ask([example], task_index or 0, weights)[0].text for weights in others]
     return {
         "model": served().id,
         "revision": served().sha,
         "answer": answer.text,
         "probabilities": dict(zip(answer.labels, answer.probabilities, strict=True)),
         "coefficients": answer.coefficients.to_data(),
-        "alone": dict(zip(["task arithmetic", *served().names], said, strict=True)),
+        "alone": dict(zip(["task arithmetic", *served().names], texts, strict=True)),
     }
 
 
-# ---------------------------------------------------------------- what the page asks for
+# ---------------------------------------------------------------- callbacks of the page
 
 
-def run(*given: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
+def run(*arguments: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
     """Answer and coefficients; and the input and the index of the expert whose classification head was used."""
-    model, (*inputs, task) = served(), given
+    model, (*inputs, task) = served(), arguments
     try:
-        example, task_index = read_input(*inputs), chosen(task)
+        example, task_index = read_input(*inputs), task_index_of(task)
         model.check(example)
     except InputError as error:
         empty = not any(inputs)
@@ -132,27 +132,27 @@ def run(*given: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
 
 
 def compare(current: tuple[Example, int | None] | None) -> Iterator[str]:
-    """The same input by one constant and by each expert alone; of language models one after the other."""
+    """Answers to the same input by one constant and by each expert alone; for language models, one after the other."""
     if current is None:
         yield ""
         return
     model, (example, task_index) = served(), current
-    said: dict[Weights, Answer] = {}
-    everyone: list[Weights] = [CONSTANT, *range(len(model.names))]
+    by_weights: dict[Weights, Answer] = {}
+    others: list[Weights] = [CONSTANT, *range(len(model.names))]
 
     def shown() -> str:
-        alone = [said.get(expert) for expert in range(len(model.names))]
-        return page.others(model.names, said.get(CONSTANT), alone, task_index, model.constant, model.smile)
+        alone = [by_weights.get(expert) for expert in range(len(model.names))]
+        return page.others(model.names, by_weights.get(CONSTANT), alone, task_index, model.constant, model.smile)
 
-    for weights in everyone:
-        if model.kind == "language":  # classes come at once
+    for weights in others:
+        if model.kind == "language":  # classifiers are fast
             yield shown()
-        [said[weights]] = _answers([example], task_index or 0, weights)
+        [by_weights[weights]] = _answers([example], task_index or 0, weights)
     yield shown()
 
 
 def _answers(examples: list[Example], task: int, weights: Weights) -> list[Answer]:
-    """As `ask`; what goes wrong inside is reported."""
+    """Calls `ask` and reports its errors on the page."""
     with reported():
         return ask(examples, task, weights)
 
@@ -170,10 +170,10 @@ def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
         else:
             examples = batch.read_csv(file) if file else batch.read_lines(lines)
         if not examples:
-            return message("Nothing to answer yet", "Give some inputs first, one a line or as files."), nothing
+            return message("Nothing to answer yet", "Enter some inputs first, one per line or as files."), nothing
         if len(examples) > (most := MOST_ROWS[model.kind]):
-            raise InputError(f"Those are {len(examples):,} inputs; {most:,} are the most.")
-        task_index = chosen(task)
+            raise InputError(f"There are {len(examples):,} inputs; at most {most:,} are allowed.")
+        task_index = task_index_of(task)
         for number, example in enumerate(examples, 1):
             try:
                 model.check(example)
@@ -202,7 +202,7 @@ def thumbnail(image: Image.Image | None) -> str:
 
 
 def build() -> gr.Blocks:
-    """The page of the model named by MODEL_ID, or one that says why it cannot be served."""
+    """The page of the model named by MODEL_ID, or a page that says why it cannot be served."""
     with gr.Blocks(title="WEMoE", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         try:
             model = served()
@@ -225,25 +225,25 @@ def build() -> gr.Blocks:
 
 
 def _task(model: Served) -> gr.components.Component:
-    """Whose classification head is used; nothing to choose where all share one."""
+    """The choice of a classification head; hidden if all experts share one."""
     if not model.has_heads:
         return gr.State(None)
     return gr.Dropdown(
         [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
-        value=chosen(model.examples[0].task if model.examples else None),
+        value=task_index_of(model.examples[0].task if model.examples else None),
         label="Task",
         info="Its classification head is used",
     )
 
 
 def _one_input(blocks: gr.Blocks, model: Served) -> None:
-    """One input, its answer, its coefficients, and what others say."""
+    """One input, its answer, its coefficients, and the answers of other merges."""
     first = model.examples[0] if model.examples else Example()
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Row(elem_classes="ui-top"):
         with gr.Column(scale=4, min_width=300):
             task = _task(model)
-            given = _inputs(model, first)
+            components = _inputs(model, first)
             button = gr.Button("Run", variant="primary")
             examples = _examples(model)
         with gr.Column(scale=8, min_width=300):
@@ -254,22 +254,24 @@ def _one_input(blocks: gr.Blocks, model: Served) -> None:
 
     def pick(row: int) -> tuple[Any, ...]:
         example = model.examples[row]
-        values = [example.image] if model.kind == "image" else [example.text, example.pair][: len(given)]
-        task_index = chosen(example.task) if example.task in [*model.names, *model.model.experts] else gr.skip()
+        values = [example.image] if model.kind == "image" else [example.text, example.pair][: len(components)]
+        task_index = task_index_of(example.task) if example.task in [*model.names, *model.model.experts] else gr.skip()
         return (*values, task_index)
 
-    inputs, outputs = [*given, task], [answer, merged_from, current]
-    asking = [button.click, *([task.input] if model.has_heads else [])]
-    triggers = [blocks.load, *asking, *(box.submit for box in given if isinstance(box, gr.Textbox))]
+    inputs, outputs = [*components, task], [answer, merged_from, current]
+    user_events = [button.click, *([task.input] if model.has_heads else [])]
+    triggers = [blocks.load, *user_events, *(box.submit for box in components if isinstance(box, gr.Textbox))]
     if examples is not None:
-        asking.append(examples.click)
+        user_events.append(examples.click)
         triggers.append(examples.click(pick, examples, inputs, **hidden).success)
     compared = []
     for trigger in triggers:
-        begun = trigger(page.busy, None, answer, queue=False, **hidden)  # others may still be served
+        begun = trigger(
+            page.busy, None, answer, queue=False, **hidden
+        )  # shown at once, even while others wait in the queue
         ran = begun.then(run, inputs, outputs, **ONE_AT_A_TIME, **hidden)
         compared.append(ran.success(compare, current, others, **ONE_AT_A_TIME, **hidden))
-    gr.on(asking, None, cancels=compared)
+    gr.on(user_events, None, cancels=compared)
 
 
 def _inputs(model: Served, first: Example) -> list[Any]:
@@ -287,13 +289,13 @@ def _inputs(model: Served, first: Example) -> list[Any]:
     if language:
         return [text]
     pair = gr.Textbox(
-        first.pair, label="Second text", info="For tasks on pairs; else empty", lines=1, max_length=MOST_CHARACTERS
+        first.pair, label="Second text", info="For tasks on pairs; otherwise empty", lines=1, max_length=MOST_CHARACTERS
     )
     return [text, pair]
 
 
 def _examples(model: Served) -> gr.Dataset | None:
-    """Examples to click; each gives its number."""
+    """Examples to click; the event has the index of the example."""
     if not model.examples:
         return None
     tasks = {name: number for names in (model.names, model.model.experts) for number, name in enumerate(names)}
@@ -319,16 +321,16 @@ def _many_inputs(model: Served) -> None:
             if model.kind == "image":
                 file = gr.File(label="Pictures", file_count="multiple", file_types=["image"], height=180)
             else:
-                tab = "A tab stands before a second text; or" if model.kind == "text" else "Or"
+                tab = "Put a tab before a second text; or use" if model.kind == "text" else "Or use"
                 start = "\n".join("\t".join(filter(None, (e.text, e.pair))) for e in model.examples)
-                lines = gr.Textbox(start, label="Texts, one a line", info=f"{tab} a CSV file below", lines=8)
+                lines = gr.Textbox(start, label="Texts, one per line", info=f"{tab} a CSV file below", lines=8)
                 columns = "text and text_pair" if model.kind == "text" else "text"
                 file = gr.File(label=f"CSV with the columns {columns}", file_types=[".csv"], height=160)
             button = gr.Button("Run all", variant="primary")
             download = gr.DownloadButton("Download the table (CSV)", size="sm", interactive=False)
         with gr.Column(scale=8, min_width=300):
-            most = f"{MOST_ROWS[model.kind]:,} are the most."
-            empty = message("Nothing to answer yet", "Give some inputs, then run.", most)
+            most = f"At most {MOST_ROWS[model.kind]:,} are allowed."
+            empty = message("Nothing to answer yet", "Enter some inputs, then run.", most)
             table = gr.HTML(empty, apply_default_css=False)
     button.click(
         run_batch,
@@ -341,14 +343,14 @@ def _many_inputs(model: Served) -> None:
 
 
 def _api(model: Served) -> None:
-    """The one verb for clients."""
+    """The API's only endpoint."""
     with gr.Row(visible=False):
         if model.kind == "image":
-            given: list[Any] = [picture(label="picture")]
+            components: list[Any] = [picture(label="picture")]
         else:
-            given = [gr.Textbox(label="text")] + ([gr.Textbox(label="text_pair")] if model.kind == "text" else [])
-        given.append(gr.Textbox(label="task"))
-        gr.Button().click(predict, given, gr.JSON(label="answer"), api_name="predict", **ONE_AT_A_TIME)
+            components = [gr.Textbox(label="text")] + ([gr.Textbox(label="text_pair")] if model.kind == "text" else [])
+        components.append(gr.Textbox(label="task"))
+        gr.Button().click(predict, components, gr.JSON(label="answer"), api_name="predict", **ONE_AT_A_TIME)
 
 
 demo = build()

@@ -17,20 +17,20 @@ SHOWN = 80  # characters of a text in the table
 
 
 def read_lines(text: str | None) -> list[Example]:
-    """One text a line; a tab stands before a second one. Empty lines are left out."""
+    """One example per line; a tab separates a second text. Empty lines are skipped."""
     rows = [line.partition("\t") for line in (text or "").splitlines() if line.strip()]
     return [Example(first.strip(), second.strip()) for first, _, second in rows]
 
 
 def read_csv(path: str | Path) -> list[Example]:
-    """Texts from columns ``text`` and, where there is one, ``text_pair``.
+    """Texts from the columns ``text`` and, if there is one, ``text_pair``.
 
     Raises:
-        InputError: for a file that is too large, is no CSV in UTF-8, or has no such column.
+        InputError: the file is too large, is not CSV in UTF-8, or has no column ``text``.
     """
     path = Path(path)
     if path.stat().st_size > MOST_BYTES:
-        raise InputError(f"That file is too large: {MOST_BYTES // 1_000_000} MB are the most.")
+        raise InputError(f"That file is too large: at most {MOST_BYTES // 1_000_000} MB are allowed.")
     try:
         reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
         columns = list(reader.fieldnames or [])
@@ -38,7 +38,7 @@ def read_csv(path: str | Path) -> list[Example]:
             raise InputError(f"That file has the columns {', '.join(columns) or 'none'}; it needs one called text.")
         rows = [(row["text"] or "", row.get("text_pair") or "") for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"That file is no CSV in UTF-8: {error}.") from error
+        raise InputError(f"That file is not CSV in UTF-8: {error}.") from error
     return [Example(text.strip(), pair.strip()) for text, pair in rows if text.strip()]
 
 
@@ -46,19 +46,19 @@ def read_pictures(paths: Sequence[str] | None) -> list[Example]:
     """Pictures from files.
 
     Raises:
-        InputError: naming the file that is none.
+        InputError: a file is not a picture; the message names it.
     """
     return [Example(image=read_picture(path), name=Path(path).name) for path in paths or ()]
 
 
 def shown(example: Example) -> str:
-    """What the table calls an input: the beginning of its text, or its file."""
+    """The name of an input in the table: the beginning of its text, or its file name."""
     text = " · ".join(part for part in (example.name or example.text, example.pair) if part)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def to_csv(examples: Sequence[Example], answers: Sequence[Answer], task: str) -> str:
-    """The table for download: inputs, answers, and each expert's mean coefficient, not rounded away."""
+    """The table for download: inputs, answers, and each expert's mean coefficient to 4 decimals."""
     has_pair = any(example.pair for example in examples)
     first = answers[0].coefficients
     experts = first.experts if first else []

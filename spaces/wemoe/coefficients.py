@@ -1,4 +1,4 @@
-"""Which experts an input was merged from, layer by layer, as plain data."""
+"""The merging coefficients of an input, layer by layer, as plain data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Coefficients:
     """The coefficients of one input: L layers, K experts.
 
     Attributes:
-        experts, layers: names, as they are shown.
+        experts: names for display.
+        layers: names for display.
         values: L rows of K.
-        constant: what every coefficient would be without routers: λ of task arithmetic, or 1/K for SMILE.
+        constant: every coefficient without routers: λ of task arithmetic, or 1/K for SMILE.
     """
 
     experts: list[str]
@@ -26,24 +27,24 @@ class Coefficients:
     constant: float
 
     def means(self) -> list[float]:
-        """Of each expert, over the layers."""
+        """The mean coefficient of each expert over the layers."""
         return [sum(column) / len(column) for column in zip(*self.values, strict=True)]
 
     def to_data(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """The coefficients for JSON."""
         rows = {layer: [round(w, 4) for w in row] for layer, row in zip(self.layers, self.values, strict=True)}
         means = dict(zip(self.experts, [round(w, 4) for w in self.means()], strict=True))
         return {"experts": self.experts, "constant": self.constant, "layers": rows, "means": means}
 
 
 def read_trace(trace: Any, experts: Sequence[str], constant: float, rows: int) -> list[Coefficients]:
-    """A model's `WEMoETrace`, row by row.
+    """The coefficients in a model's `WEMoETrace`, for each row.
 
     Args:
         trace: of the last call.
-        experts: names, as they are shown.
+        experts: names for display.
         constant: see `Coefficients`.
-        rows: of that call.
+        rows: number of rows of that call.
     """
     names = layer_names(trace.layers)
     tables = trace.coefficients().tolist()  # (B, L, K)
@@ -51,7 +52,7 @@ def read_trace(trace: Any, experts: Sequence[str], constant: float, rows: int) -
 
 
 def layer_names(paths: Sequence[str]) -> list[str]:
-    """Module paths as their layers' numbers; with what tells them apart where numbers do not: "decoder 3"."""
+    """Short names of module paths: their layers' numbers, with the stack ("decoder 3") if numbers are not unique."""
     numbers = [_number(path) for path in paths]
     stacks = [path.partition(".")[0] for path in paths]
     for names in (numbers, [f"{stack} {number}" for stack, number in zip(stacks, numbers, strict=True)]):
@@ -61,5 +62,5 @@ def layer_names(paths: Sequence[str]) -> list[str]:
 
 
 def _number(path: str) -> str:
-    found = NUMBER.search(path)
-    return found.group(1) if found else ""
+    match = NUMBER.search(path)
+    return match.group(1) if match else ""

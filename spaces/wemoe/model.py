@@ -1,4 +1,4 @@
-"""A published WEMoE, loaded by its id; it answers with its routers, with one constant, or with one expert alone."""
+"""A published WEMoE, loaded by its id and run with its routers, with one constant, or with one expert alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shared.uploads import read_picture
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 64
-LONGEST_INPUT = 1024  # tokens, where the model does not say
+LONGEST_INPUT = 1024  # tokens, if neither model nor tokenizer has a limit
 MOST_CHARACTERS = 20_000
 MOST_EXAMPLES = 8
 TOGETHER = 16  # rows of a forward
@@ -32,21 +32,21 @@ EXAMPLES = [
     "What is the largest lake in Africa?",
     "My card was charged twice for the same purchase.",
 ]
-# head → what the page gives it, and the Auto class that loads it
+# head → kind of input, and the Auto class that loads the model
 HEADS = {
     "sequence-classification": ("text", "AutoModelForSequenceClassification"),
     "image-classification": ("image", "AutoModelForImageClassification"),
     "causal-lm": ("language", "AutoModelForCausalLM"),
     "seq2seq-lm": ("language", "AutoModelForSeq2SeqLM"),
 }
-# whose weights answer: what the routers say, one constant for all experts, or the expert of that index alone
+# coefficients: the routers', one constant for all experts, or 1 for the expert of an index and 0 for the others
 Weights = str | int
 ROUTED, CONSTANT = "routed", "constant"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One input: a text, maybe with a second one, or a picture with the name of its file."""
+    """One input: a text, perhaps with a second one, or a picture with the name of its file."""
 
     text: str = ""
     pair: str = ""
@@ -57,12 +57,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of one input.
+    """The answer of a model to one input.
 
     Attributes:
-        text: the class, the score of a regression, or what was written.
-        labels, probabilities: of all classes; empty for regressions and language models.
-        coefficients: where the routers decided.
+        text: the class, the score of a regression, or the generated text.
+        labels: all classes; empty for regressions and language models.
+        probabilities: of all classes, in the order of `labels`.
+        coefficients: if the routers predicted them.
     """
 
     text: str
@@ -72,7 +73,7 @@ class Answer:
 
     @property
     def confidence(self) -> float | None:
-        """Probability of the class; None where there are none."""
+        """Probability of the class; None if there are no probabilities."""
         return max(self.probabilities, default=None)
 
 
@@ -82,7 +83,7 @@ class Served(Loaded):
 
     Attributes:
         processor: from its Auto class.
-        kind: "text", "image" or "language", what it is.
+        kind: "text" or "image" for a classifier's input, "language" for a language model.
         template: a prompt's form, with {} for the prompt; None: the tokenizer's chat template.
         examples: inputs to click.
     """
@@ -91,7 +92,7 @@ class Served(Loaded):
     kind: str
     template: str | None
     examples: list[Example]
-    # How a call pads and truncates is state of a fast tokenizer.
+    # A fast tokenizer stores a call's padding and truncation in itself, so calls must not overlap.
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -116,18 +117,18 @@ class Served(Loaded):
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Tokens that an input may have, and that are written at most."""
-        own = self.model.backbone.config.get_text_config()
-        known = [getattr(self.processor, "model_max_length", None), getattr(own, "max_position_embeddings", None)]
-        context = min([n for n in known if isinstance(n, int) and 0 < n < 1_000_000], default=LONGEST_INPUT)
+        """Maximum number of tokens of an input, and of generated tokens."""
+        config = self.model.backbone.config.get_text_config()
+        lengths = [getattr(self.processor, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+        context = min([n for n in lengths if isinstance(n, int) and 0 < n < 1_000_000], default=LONGEST_INPUT)
         new = min(NEW_TOKENS, context // 2)
         return context - (new if self.model.config.head == "causal-lm" else 0), new
 
     def check(self, example: Example) -> None:
-        """Refuses what cannot be answered.
+        """Checks that an input can be run.
 
         Raises:
-            InputError: for an empty or too long text, and for no picture.
+            InputError: the text is empty or too long, or there is no picture.
         """
         if self.kind == "image":
             if example.image is None:
@@ -136,13 +137,13 @@ class Served(Loaded):
         if not example.text:
             raise InputError("There is no text yet: write something first.")
         if len(example.text) + len(example.pair) > MOST_CHARACTERS:
-            raise InputError(f"That text is too long: {MOST_CHARACTERS:,} characters are the most.")
+            raise InputError(f"That text is too long: at most {MOST_CHARACTERS:,} characters are allowed.")
         tokens, most = len(self._tokens(example)["input_ids"][0]), self.limits[0]
         if tokens > most:
-            raise InputError(f"That text is too long: it has {tokens:,} tokens, {most:,} are the most.")
+            raise InputError(f"That text is too long: it has {tokens:,} tokens, at most {most:,} are allowed.")
 
     def answer(self, examples: Sequence[Example], task: int = 0, weights: Weights = ROUTED) -> list[Answer]:
-        """Answers to inputs that were checked.
+        """Answers to checked inputs.
 
         Args:
             task: index of the expert whose classification head is used, if each has one; an expert alone uses its own.
@@ -150,9 +151,9 @@ class Served(Loaded):
         """
         if isinstance(weights, int):
             task = weights
-        given = [self.constant] * len(self.model.experts) if weights == CONSTANT else None
-        alone = self.model.experts[weights] if isinstance(weights, int) else given
-        with nullcontext() if alone is None else self.model.using(alone):
+        constant = [self.constant] * len(self.model.experts) if weights == CONSTANT else None
+        coefficients = self.model.experts[weights] if isinstance(weights, int) else constant
+        with nullcontext() if coefficients is None else self.model.using(coefficients):
             answers: list[Answer] = []
             size = 1 if self.kind == "language" else TOGETHER
             for start in range(0, len(examples), size):
@@ -162,13 +163,13 @@ class Served(Loaded):
     @torch.no_grad()
     def _answer(self, examples: Sequence[Example], task: int, traced: bool) -> list[Answer]:
         pairs = [bool(example.pair) for example in examples]
-        if len(set(pairs)) > 1:  # a text alone is not one with an empty second
+        if len(set(pairs)) > 1:  # encoding an empty second text would add a separator
             return [answer for example in examples for answer in self._answer([example], task, traced)]
-        said = self._write(examples[0]) if self.kind == "language" else self._classify(examples, task)
+        outputs = self._write(examples[0]) if self.kind == "language" else self._classify(examples, task)
         trace: Sequence[Coefficients | None] = [None] * len(examples)
         if traced:
             trace = read_trace(self.model.routing_trace(), self.names, self.constant, len(examples))
-        return [Answer(*one, found) for one, found in zip(said, trace, strict=True)]
+        return [Answer(*output, coefficients) for output, coefficients in zip(outputs, trace, strict=True)]
 
     def _classify(self, examples: Sequence[Example], task: int) -> list[tuple[str, list[str], list[float]]]:
         model = self.model
@@ -193,12 +194,12 @@ class Served(Loaded):
         return [(self.processor.decode(written, skip_special_tokens=True).strip(), [], [])]
 
     def _tokens(self, *examples: Example) -> dict[str, torch.Tensor]:
-        """Inputs of texts, with what their model knows of: ids, mask, and maybe types."""
+        """The model's inputs for texts: ids, mask, and perhaps token types."""
         texts = [example.text for example in examples]
         if self.kind == "language" and self.template is None:
             question = [{"role": "user", "content": texts[0]}]
             with self._tokenizing:
-                given = self.processor.apply_chat_template(
+                encoded = self.processor.apply_chat_template(
                     question, add_generation_prompt=True, return_tensors="pt", return_dict=True
                 )
         else:
@@ -206,22 +207,22 @@ class Served(Loaded):
             pairs = [example.pair for example in examples]
             both = ([form.replace("{}", text, 1) for text in texts], *([pairs] if any(pairs) else []))
             with self._tokenizing:
-                given = self.processor(*both, padding=len(examples) > 1, return_tensors="pt")
-        return dict(given)
+                encoded = self.processor(*both, padding=len(examples) > 1, return_tensors="pt")
+        return dict(encoded)
 
     def parts(self) -> dict[str, int]:
-        """Numbers of parameters: what is routed, its task vectors, what is merged, heads and routers."""
+        """Numbers of parameters: routed weights, their task vectors, merged weights, heads and routers."""
         facts = self.model.summary()
         linears = [linear for unit in self.model.units for linear in unit.linears if linear.biases is not None]
-        known = ("merged_parameters", "head_parameters", "trainable")
+        others = ("merged_parameters", "head_parameters", "trainable")
         upscaled = facts["upscaled_parameters"] + sum(linear.out_features for linear in linears)
-        rest = {name: facts[name] for name in known}
+        rest = {name: facts[name] for name in others}
         vectors = facts["parameters"] - upscaled - sum(rest.values())
         return {"upscaled_parameters": upscaled, "task_vectors": vectors, **rest}
 
 
 def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """Inputs where a model is; pixels in its dtype."""
+    """Inputs on a model's device; pixels in its dtype."""
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
@@ -229,7 +230,7 @@ def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
 
 
 def load(settings: Settings) -> Served:
-    """Loads a published model, or one in a folder; everything comes from one commit.
+    """Loads a published model or one in a folder, with all files from one commit.
 
     Raises:
         LoadError: with a message for the page.
@@ -257,7 +258,7 @@ def load(settings: Settings) -> Served:
 
 
 def _check(model_id: str, config: Any) -> None:
-    """Refuses what is not a WEMoE that the page can show, before its weights are fetched."""
+    """Checks, before any weights are fetched, that a model is a WEMoE that the page can show."""
     if not isinstance(config, dict) or config.get("model_type") != "wemoe":
         raise LoadError(f"{model_id} is not a WEMoE: its config.json does not say model_type wemoe.")
     head = config.get("head", "features")
@@ -265,15 +266,16 @@ def _check(model_id: str, config: Any) -> None:
         raise LoadError(f"{model_id} is a model for {head}; this page shows {', '.join(HEADS)}.")
 
 
-def read_examples(given: Any, folder: Path) -> list[Example]:
+def read_examples(content: Any, folder: Path) -> list[Example]:
     """Inputs from the content of examples.json.
 
     Args:
-        given: texts, or objects with ``text`` (and ``text_pair``) or ``image``, and maybe ``task``: whose head is used.
-        folder: where pictures lie, ``examples/seven.png``.
+        content: texts, or objects with ``text`` (and ``text_pair``) or ``image``, and perhaps ``task``, the expert
+            whose head is used.
+        folder: to which paths of pictures are relative, such as ``examples/seven.png``.
     """
-    found = []
-    for row in given if isinstance(given, list) else []:
+    examples = []
+    for row in content if isinstance(content, list) else []:
         row = row if isinstance(row, dict) else {"text": row}
         text, pair, task = (
             value if isinstance(value := row.get(k), str) else "" for k in ("text", "text_pair", "task")
@@ -281,9 +283,9 @@ def read_examples(given: Any, folder: Path) -> list[Example]:
         path = folder / Path(str(row.get("image")))
         if "image" in row and ".." not in path.parts and path.is_relative_to(folder) and path.is_file():
             try:
-                found.append(Example(image=read_picture(path), name=path.name, task=task))
-            except InputError as error:  # the others are shown all the same
+                examples.append(Example(image=read_picture(path), name=path.name, task=task))
+            except InputError as error:  # the others are still shown
                 logger.warning("an example is left out: %s", error)
         elif text.strip():
-            found.append(Example(text, pair, task=task))
-    return found[:MOST_EXAMPLES]
+            examples.append(Example(text, pair, task=task))
+    return examples[:MOST_EXAMPLES]

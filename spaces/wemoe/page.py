@@ -13,8 +13,8 @@ from shared.page import count, join, link, percent
 from shared.page import header as page_header
 
 MOST_BARS = 6  # classes of the answer
-FEW_BARS = 3  # classes of the others' answers
-LONG_ANSWER = 24  # characters; longer answers are set smaller
+FEW_BARS = 3  # classes of the answers of other merges
+LONG_ANSWER = 24  # characters; longer answers have smaller letters
 
 
 # ---------------------------------------------------------------- head and messages
@@ -25,18 +25,20 @@ BUSY = Markup('<section class="ui-card ui-message" aria-busy="true"><p class="ui
 def header(model_id: str, url: str, sha: str, experts: int, layers: int, smile: bool) -> Markup:
     """Name of the model and one sentence on what it does."""
     if smile:
-        who = count(experts, "expert")
-        does = f"{who} of one base: in {count(layers, 'layer')} every token is routed to the nearest ones."
-    else:
-        does = (
-            f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged per input,"
-            " with coefficients that routers predict from it."
+        summary = (
+            f"{count(experts, 'expert')} of one base: in {count(layers, 'layer')} every token is routed to the nearest"
+            " experts."
         )
-    return page_header("SMILE" if smile else "WEMoE", link(url, model_id), does, sha)
+    else:
+        summary = (
+            f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged per input,"
+            " with coefficients that routers predict from the input."
+        )
+    return page_header("SMILE" if smile else "WEMoE", link(url, model_id), summary, sha)
 
 
 def busy() -> Markup:
-    """The place of an answer that is on its way."""
+    """A placeholder for an answer that is being computed."""
     return BUSY
 
 
@@ -65,13 +67,13 @@ SAID = Markup('<p class="we-said">{}</p>{}')
 
 
 def answer_panel(answer: Answer, head: str, picture: str = "") -> Markup:
-    """The model's own answer, with its probabilities.
+    """The model's answer, with its probabilities.
 
     Args:
-        head: whose classification head is used, "" where all share one.
+        head: the expert whose classification head is used, "" if all share one.
         picture: data URL of the input.
     """
-    kicker = "Answer" if not head else f"Answer, by the head of {head}"
+    kicker = "Answer" if not head else f"Answer, with the head of {head}"
     return ANSWER.format(
         seen=SEEN.format(picture) if picture else "",
         kicker=kicker,
@@ -83,7 +85,7 @@ def answer_panel(answer: Answer, head: str, picture: str = "") -> Markup:
 
 
 def bars(answer: Answer, most: int) -> Markup:
-    """The likeliest classes with their probabilities, then the sum of all others."""
+    """The most probable classes with their probabilities, then the sum of all others."""
     if not answer.probabilities:
         return Markup("")
     order = sorted(range(len(answer.labels)), key=lambda i: -answer.probabilities[i])
@@ -105,13 +107,13 @@ def others(
     value: float,
     smile: bool,
 ) -> Markup:
-    """Answers by one constant, and by each expert alone.
+    """Answers with one constant, and with each expert alone.
 
     Args:
         names: of the experts.
-        constant: the answer with the same coefficient for all; None while it is on its way, and so for the others.
-        alone: of each expert.
-        task: the expert whose classification head is used above, if one was chosen.
+        constant: the answer with the same coefficient for all experts; None while it is being computed.
+        alone: the answer of each expert alone; None while it is being computed.
+        task: index of the expert whose classification head is used above, if one was chosen.
         value: the constant.
         smile: whether there are no routers.
     """
@@ -122,23 +124,23 @@ def others(
         )
     ]
     for expert, answer in enumerate(alone):
-        own = expert == task
-        note = "the expert of this task" if own else "its own head" if task is not None else "alone"
-        cards.append(_card(expert, names[expert], note, answer, own))
+        is_of_task = expert == task
+        note = "the expert of this task" if is_of_task else "its own head" if task is not None else "alone"
+        cards.append(_card(expert, names[expert], note, answer, is_of_task))
     note = (
         "An expert alone has coefficient 1 in every layer that is merged, all others 0"
-        f"{', and answers by its own head' if task is not None else ''}; the rest of the model is unchanged."
+        f"{', and predicts with its own head' if task is not None else ''}; the rest of the model is unchanged."
     )
     return OTHERS.format(note=note, cards=join(cards))
 
 
-def _card(expert: int | None, title: str, note: str, answer: Answer | None, own: bool) -> Markup:
+def _card(expert: int | None, title: str, note: str, answer: Answer | None, is_of_task: bool) -> Markup:
     if answer is None:
         body = Markup('<p class="we-said ui-wait">…</p>')
     else:
         body = SAID.format(answer.text or "(nothing)", bars(answer, FEW_BARS))
     return CARD.format(
-        own=" own" if own else "",
+        own=" own" if is_of_task else "",
         busy="true" if answer is None else "false",
         badge="" if expert is None else badge(expert),
         title=title,
@@ -169,7 +171,7 @@ def table(
 
     Args:
         cells: (rows of coefficients) → cells of a heat map for each, on one scale; `plots.heat_cells`.
-        head: whose classification head was used, "" where all share one.
+        head: the expert whose classification head was used, "" if all share one.
     """
     means = [answer.coefficients.means() for answer in answers if answer.coefficients]
     overall = [sum(column) / len(column) for column in zip(*means, strict=True)]
@@ -186,17 +188,18 @@ def table(
     ]
     return TABLE.format(
         title=count(len(rows), "answer"),
-        note="and the mean coefficient of each expert, over the layers" + (f"; by the head of {head}" if head else ""),
+        note="and the mean coefficient of each expert, over the layers"
+        + (f"; with the head of {head}" if head else ""),
         head=join(head_cell(expert, name) for expert, name in enumerate(names)),
         rows=join(rows),
         foot=FOOT.format(last),
     )
 
 
-# ---------------------------------------------------------------- what is routed, what is merged
+# ---------------------------------------------------------------- parts of the model
 
 PARTS = Markup(
-    '<section class="ui-section ui-pair"><div class="ui-card"><h2>What is routed, what is merged</h2>'
+    '<section class="ui-section ui-pair"><div class="ui-card"><h2>Routed and merged parameters</h2>'
     '<p class="ui-note">{total} parameters, {megabytes:,.1f} MB of them in the layers that are {merged}</p>'
     '<div class="we-strip" role="img" aria-label="Shares of the parameters; the table has the numbers">{strip}</div>'
     '<table class="we-table"><thead><tr><th scope="col">part</th><th scope="col">parameters</th></tr></thead>'
@@ -215,8 +218,8 @@ KINDS = {  # of stored task vectors
     "exact": "in the model's own precision",
     "bfloat16": "in bfloat16",
     "sparse": "only their largest entries",
-    "low-rank": "as products of low rank",
-    "low-rank-bfloat16": "as products of low rank, in bfloat16",
+    "low-rank": "as low-rank products",
+    "low-rank-bfloat16": "as low-rank products, in bfloat16",
 }
 
 
@@ -280,20 +283,22 @@ def _labels(row: Mapping[str, Any]) -> list[str]:
 
 
 def adaptation(config: Any) -> str:
-    """In one sentence how the routers came to what they say."""
+    """How the routers were adapted, in one sentence."""
     if config.routing == "smile":
-        return "There are none: a token goes to the experts in whose leading directions most of it lies."
+        return (
+            "There are none: each token is routed to the experts onto whose leading singular vectors it projects most."
+        )
     how = getattr(config, "adaptation", None)
     if not how:
         return (
             f"Not adapted: every coefficient is about {config.scaling:g} whatever the input, "
-            "so the model answers as task arithmetic does."
+            "so the model predicts as task arithmetic does."
         )
     rows = sum(how["rows"].values())
-    said = (
+    summary = (
         "Adapted to labels"
         if how["loss"] == "labels"
         else "Adapted without labels, by minimising the entropy of predictions"
     )
-    said += f": {how['steps']:,} steps on {count(rows, 'row')} of {count(len(how['rows']), 'task')}."
-    return f"{said} Stopped early: {how['stopped']}" if how.get("stopped") else said
+    summary += f": {how['steps']:,} steps on {count(rows, 'row')} of {count(len(how['rows']), 'task')}."
+    return f"{summary} Stopped early: {how['stopped']}" if how.get("stopped") else summary

@@ -13,7 +13,7 @@ from shared.plots import axis_labels, spread
 
 PLOT_HEIGHT = 320  # pixels, as in style.css
 LABEL_GAP = 24 / PLOT_HEIGHT  # share of the plot's height that a badge needs
-LEAST_SPAN = 0.2  # of the axis, or noise would look like a choice
+LEAST_SPAN = 0.2  # of the axis, so that noise is not magnified
 MOST_TICKS = 6
 STEPS = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 100.0)
 
@@ -30,14 +30,14 @@ FOOT = Markup('<tr class="mean"><th scope="row">mean</th>{}</tr>')
 CELL = Markup('<td class="{side}" style="--a:{strength:.2f}">{number}</td>')
 
 
-def heat_map(found: Coefficients, smile: bool) -> Markup:
-    """Layers × experts with numbers, coloured by how far they are from the constant."""
-    *rows, mean = heat_cells([*found.values, found.means()], found.constant)
+def heat_map(coefficients: Coefficients, smile: bool) -> Markup:
+    """Layers × experts with numbers, coloured by their distance from the constant."""
+    *rows, mean = heat_cells([*coefficients.values, coefficients.means()], coefficients.constant)
     return MAP.format(
-        constant=found.constant,
+        constant=coefficients.constant,
         what="equal coefficients" if smile else "the constant of task arithmetic",
-        head=join(head_cell(expert, name) for expert, name in enumerate(found.experts)),
-        rows=join(ROW.format(name, row) for name, row in zip(found.layers, rows, strict=True)),
+        head=join(head_cell(expert, name) for expert, name in enumerate(coefficients.experts)),
+        rows=join(ROW.format(name, row) for name, row in zip(coefficients.layers, rows, strict=True)),
         foot=FOOT.format(mean),
     )
 
@@ -76,56 +76,60 @@ END = Markup('<span style="top:{:.2f}%" class="{}">{}<em title="{}">{}</em></spa
 LAYER = Markup('<span style="left:{:.2f}%">{}</span>')
 
 
-def depth_plot(found: Coefficients, own: int | None, smile: bool) -> Markup:
+def depth_plot(coefficients: Coefficients, task: int | None, smile: bool) -> Markup:
     """A line for each expert over the layers, with its number at the end, and the constant as a dashed line.
 
     Args:
-        own: the expert of the task, whose line is thick.
+        task: index of the task's expert, whose line is thick.
     """
-    low, high, ticks = axis([w for row in found.values for w in row] + [found.constant])
+    low, high, ticks = axis([w for row in coefficients.values for w in row] + [coefficients.constant])
 
     def y(w: float) -> float:
         return 100 * (high - w) / (high - low)
 
-    depth = len(found.layers)
+    depth = len(coefficients.layers)
     xs = [100 * (layer + 0.5) / depth for layer in range(depth)]
     lines, points, last = [], [], []
-    order = sorted(range(len(found.experts)), key=lambda expert: expert == own)  # the task's own lies on top
+    order = sorted(range(len(coefficients.experts)), key=lambda expert: expert == task)  # the task's expert on top
     for expert in order:
-        ws = [row[expert] for row in found.values]
+        ws = [row[expert] for row in coefficients.values]
         colour = str(expert % COLOURS) if expert < MOST_COLOURED else "-rest"
-        kind = " ".join(["own"] * (expert == own) + ["dashed"] * (COLOURS <= expert < MOST_COLOURED))
+        kind = " ".join(["own"] * (expert == task) + ["dashed"] * (COLOURS <= expert < MOST_COLOURED))
         path = [(0.0, ws[0]), *zip(xs, ws, strict=True), (100.0, ws[-1])] if depth == 1 else zip(xs, ws, strict=True)
         lines.append(LINE.format(kind=kind, colour=colour, points=" ".join(f"{x:.2f},{y(w):.2f}" for x, w in path)))
         points += [
             POINT.format(
-                own=" own" if expert == own else "",
+                own=" own" if expert == task else "",
                 x=x,
                 y=y(w),
                 colour=colour,
-                title=f"layer {layer}: {expert + 1} {found.experts[expert]} {w:.2f}",
+                title=f"layer {layer}: {expert + 1} {coefficients.experts[expert]} {w:.2f}",
             )
-            for x, w, layer in zip(xs, ws, found.layers, strict=True)
+            for x, w, layer in zip(xs, ws, coefficients.layers, strict=True)
         ]
         last.append((y(ws[-1]) / 100, expert))
     last.sort()
     places = spread([place for place, _ in last], min(LABEL_GAP, 1 / len(last)))
     return DEPTH.format(
-        constant=found.constant,
+        constant=coefficients.constant,
         what="equal coefficients" if smile else "task arithmetic",
-        thick=f"; thick: {found.experts[own]}, the expert of this task" if own is not None else "",
+        thick=f"; thick: {coefficients.experts[task]}, the expert of this task" if task is not None else "",
         ticks=join(TICK.format(y(tick), f"{tick:.4g}") for tick in ticks),
         grid=join(GRID.format(y(tick)) for tick in ticks),
-        where=y(found.constant),
+        where=y(coefficients.constant),
         lines=join(lines),
         points=join(points),
         ends=join(
             END.format(
-                100 * place, "own" if expert == own else "", badge(expert), found.experts[expert], found.experts[expert]
+                100 * place,
+                "own" if expert == task else "",
+                badge(expert),
+                coefficients.experts[expert],
+                coefficients.experts[expert],
             )
             for place, (_, expert) in zip(places, last, strict=True)
         ),
-        layers=join(LAYER.format(x, name) for x, name in zip(xs, axis_labels(found.layers), strict=True)),
+        layers=join(LAYER.format(x, name) for x, name in zip(xs, axis_labels(coefficients.layers), strict=True)),
     )
 
 
@@ -146,10 +150,12 @@ SECTION = Markup(
 )
 
 
-def coefficients_panel(found: Coefficients, own: int | None, smile: bool) -> Markup:
+def coefficients_panel(coefficients: Coefficients, task: int | None, smile: bool) -> Markup:
     """The heat map beside the lines by depth."""
-    means = found.means()
+    means = coefficients.means()
     most = max(range(len(means)), key=means.__getitem__)
     least = min(range(len(means)), key=means.__getitem__)
-    ends = (f"{what} mean: {found.experts[k]} {means[k]:.2f}" for what, k in (("largest", most), ("smallest", least)))
-    return SECTION.format(", ".join(ends), heat_map(found, smile), depth_plot(found, own, smile))
+    ends = (
+        f"{what} mean: {coefficients.experts[k]} {means[k]:.2f}" for what, k in (("largest", most), ("smallest", least))
+    )
+    return SECTION.format(", ".join(ends), heat_map(coefficients, smile), depth_plot(coefficients, task, smile))

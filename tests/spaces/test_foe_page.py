@@ -152,7 +152,7 @@ def test_the_plot_has_a_table_beside_it(curve):
     level = [{**system, "score": 0.95} for system in RESULTS["systems"][:2]]
     assert "as accurate as querying every expert" in curve.results_panel({**RESULTS, "systems": level})
     assert "budget 80 %" in html and "this input 75 %" in html
-    assert "1 weaker system lies off this axis" in html  # me/birds, under the axis that begins at 0.6 or less
+    assert "1 weaker predictor is outside the axis" in html  # me/birds, under the axis that begins at 0.6 or less
     assert "budget 80 %" not in curve.results_panel(RESULTS, routing(budget=None))
 
 

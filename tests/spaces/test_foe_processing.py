@@ -59,7 +59,7 @@ def test_mnist_digit_is_unchanged(processing):
 
 @pytest.mark.parametrize("level", [0, 255, 130])
 def test_blank_pictures_are_refused(processing, level):
-    with pytest.raises(processing.InputError, match="nothing to read"):
+    with pytest.raises(processing.InputError, match="is blank"):
         processing.to_mnist(Image.new("L", (50, 50), level))
 
 

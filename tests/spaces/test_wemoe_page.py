@@ -79,9 +79,9 @@ def test_inputs_are_read_from_lines_and_csv(space, tmp_path):
     [
         (b"sentence,label\nx,1\n", "has the columns sentence, label; it needs one called text"),
         (b"", "has the columns none"),
-        (b"text\n\xff\xfe\n", "no CSV in UTF-8"),
-        (b'text\n"open', "no CSV in UTF-8"),
-        (b"text\n" + b"x" * 5_000_001, "5 MB are the most"),
+        (b"text\n\xff\xfe\n", "not CSV in UTF-8"),
+        (b'text\n"open', "not CSV in UTF-8"),
+        (b"text\n" + b"x" * 5_000_001, "at most 5 MB are allowed"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(space, tmp_path, content, problem):
@@ -174,7 +174,7 @@ def test_the_axis_holds_all_values_and_is_never_too_fine(space, values):
 
 def test_the_answer_and_its_likeliest_classes(space, answer):
     html = str(space.page.answer_panel(answer, "law", "data:image/png;base64,AA"))
-    assert "Answer, by the head of law" in html and ">yes</p>" in html and "65.0 % confident" in html
+    assert "Answer, with the head of law" in html and ">yes</p>" in html and "65.0 % confident" in html
     assert re.findall(r'title="(\w+)"', html) == ["yes", "maybe", "no", "never"]
     assert 'src="data:image/png;base64,AA"' in html
     short = str(space.page.bars(answer, 2))
@@ -207,7 +207,7 @@ def test_many_answers_as_a_table(space, answer, found):
             "art",
         )
     )
-    assert "2 answers" in html and "by the head of art" in html
+    assert "2 answers" in html and "with the head of art" in html
     shown = [float(number) for *_, number in cells(html)]
     assert shown == pytest.approx([0.35, 0.4, 0.15, 0, 0, 0, 0.175, 0.2, 0.075], abs=0.0051)
     assert re.findall(r'class="said" title="(\w+)"', html) == ["yes", "no"]
@@ -250,7 +250,7 @@ def test_the_parts_have_numbers_and_shares(space):
         ("trainable", "500", "5.0 %"),
     ]
     assert "10,000 parameters, 2.5 MB" in html
-    assert "as products of low rank, which keep 85.0 % of their energy" in html
+    assert "as low-rank products, which keep 85.0 % of their energy" in html
     assert '<a href="http://hub/me/a"' in html and "mit · x, y, z, … (4)" in html and "no license named" in html
     assert "Not adapted: every coefficient is about 0.3" in html and "All made from me/base" in html
 

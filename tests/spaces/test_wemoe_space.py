@@ -127,7 +127,7 @@ def test_constant_uses_the_head_of_the_task_and_experts_theirs(served, model, re
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "no text"), ("x " * 1500, "tokens, 64 are the most"), ("x" * 20_001, "20,000 characters")],
+    [("", "no text"), ("x " * 1500, "tokens, at most 64 are allowed"), ("x" * 20_001, "20,000 characters")],
 )
 def test_invalid_texts_are_refused(served, model, text, problem):
     with pytest.raises(model.InputError, match=problem):
@@ -189,7 +189,7 @@ def test_language_models_answer_prompts_one_writer_after_the_other(app_of, tmp_p
     ids = make_tokenizer()("the quick fox", return_tensors="pt")
     written = reference.generate(**ids, max_new_tokens=32, do_sample=False)[0, ids.input_ids.shape[1] :]
     assert make_tokenizer().decode(written, skip_special_tokens=True).strip()[:20] in answer
-    assert "by the head" not in answer and "Merging coefficients" in merged_from
+    assert "with the head" not in answer and "Merging coefficients" in merged_from
     busy = [str(step).count('aria-busy="true"') for step in app.compare(asked)]
     assert busy == [4, 3, 2, 1, 0]
     assert "too long: it has" in app.run("fox " * 40, None)[0]  # 64 tokens, of which half are to be written
@@ -292,7 +292,7 @@ def url(hub, folder, run_space) -> str:
 
 def wait_for_answer(page, head: str) -> None:
     """An answer by that head, those by other weights, and the coefficients."""
-    page.locator(".we-answer", has_text=f"by the head of {head}").wait_for(timeout=30_000)
+    page.locator(".we-answer", has_text=f"with the head of {head}").wait_for(timeout=30_000)
     page.locator(".we-compare .ui-card", has_text=f"0.3 for all, head of {head}").wait_for()
     page.locator(".ui-pair .ui-note", has_text=f"thick: {head}, the expert").wait_for()
 
@@ -370,7 +370,7 @@ def test_answers_and_coefficients_in_the_browser(url, reference, visit, tmp_path
     assert page.locator(".we-plot").count() == 0  # nothing is left of the answer before
 
     page.get_by_role("tab", name="Many inputs").click()
-    page.get_by_label("Texts, one a line").fill("the quick fox\na lazy dog\tsaid the gate\n")
+    page.get_by_label("Texts, one per line").fill("the quick fox\na lazy dog\tsaid the gate\n")
     page.get_by_role("button", name="Run all").click()
     page.get_by_text("2 answers").wait_for()
     rows = [plain(reference, "the quick fox", EXPERTS[0]), plain(reference, "a lazy dog", EXPERTS[0], "said the gate")]

@@ -1,4 +1,4 @@
-"""How every page looks, starts, and says that there is no model."""
+"""The theme, the launch and the error messages of all pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 THEME = gr.themes.Base(
     primary_hue="blue",
     neutral_hue="stone",
-    # Gradio carries both fonts, so no page of ours asks Google; its semi-bold files lack letters, the bold ones do not
+    # Gradio includes both fonts, so the pages do not load them from Google; its semi-bold files lack some letters
     font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
     font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
 ).set(
@@ -48,34 +48,35 @@ def launch(page: gr.Blocks, style: Path, **options: Any) -> None:
     """Serves a page.
 
     Args:
-        style: the Space's own style sheet, which comes behind the common one.
-        options: of `launch`.
+        page: the page.
+        style: the Space's style sheet, loaded after the common one.
+        options: of Gradio's `launch`.
     """
     page.launch(theme=THEME, css_paths=[FOLDER / "style.css", style], **options)
 
 
-def show_load_error(error: LoadError, wanted: str) -> None:
-    """The page where no model can be served; `wanted` is what MODEL_ID should name: "a published router"."""
+def show_load_error(error: LoadError, expected: str) -> None:
+    """The page without a model; `expected` says what MODEL_ID should name, such as "a published router"."""
     logger.error("%s", error)
-    hint = f"Set MODEL_ID to {wanted} in the Space's settings, then restart the Space."
+    hint = f"Set MODEL_ID to {expected} in the Space's settings, then restart the Space."
     gr.HTML(message("The model could not be loaded", str(error), hint), apply_default_css=False)
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Logs what goes wrong inside a model, and says it on the page; wrong inputs are left to the caller."""
+    """Logs errors of a model and shows them on the page; invalid inputs are left to the caller."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         logger.exception("the model failed")
-        raise gr.Error(f"The model could not answer: {type(error).__name__}: {error}") from error
+        raise gr.Error(f"The model failed: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def refused() -> Iterator[None]:
-    """For the API: wrong inputs as an error of Gradio's."""
+    """Turns invalid inputs into an error of Gradio, for the API."""
     try:
         yield
     except InputError as error:

@@ -8,4 +8,4 @@ class LoadError(RuntimeError):
 
 
 class InputError(ValueError):
-    """Something is wrong with what a visitor gave; the message is for them."""
+    """A visitor's input is invalid; the message is for them."""

@@ -24,26 +24,28 @@ def count(number: int, thing: str) -> str:
 
 
 def join(parts: Iterable[Markup]) -> Markup:
-    """Pieces of HTML one after the other."""
+    """Concatenates pieces of HTML."""
     return Markup("").join(parts)
 
 
 def link(url: str | None, text: str, title: str = "") -> Markup:
-    """A link that opens another page, or the mere text without a URL."""
+    """A link that opens a new tab, or only the text if there is no URL."""
     about = TITLE.format(title) if title else ""
     return LINK.format(url, about, text) if url else Markup("<span{}>{}</span>").format(about, text)
 
 
 def header(kicker: str, name: str, text: str, sha: str = "") -> Markup:
-    """What a page is about, and one sentence on what it does."""
+    """The head of a page: its subject, and a sentence on what it does."""
     return HEADER.format(kicker, name, sha[:7], text)
 
 
 def message(title: str, text: str, hint: str = "") -> Markup:
-    """Something to say in place of a result.
+    """A message in place of a result.
 
     Args:
-        hint: what to do about it; markup stands as it is.
+        title: its title.
+        text: its text.
+        hint: what to do about it, as text or markup.
     """
     more = hint if isinstance(hint, Markup) else PARAGRAPH.format(hint) if hint else ""
     return MESSAGE.format(title, text, more)

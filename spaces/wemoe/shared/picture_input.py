@@ -1,4 +1,4 @@
-"""An input that Gradio does not have: a picture that is opened by `pictures.open_picture` alone."""
+"""An input for pictures that only `pictures.open_picture` opens, not Gradio."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gradio.data_classes import ImageData
 
 
 def picture(**options: Any) -> gr.Image:
-    """Gradio's own input, but that it hands on what was uploaded unopened: `pictures.open_picture` opens it."""
+    """Gradio's input for images, which passes uploads on unopened, since `pictures.open_picture` opens them safely."""
     component = gr.Image(type="filepath", image_mode=None, **options)
     component.preprocess = _unopened  # type: ignore[method-assign]  # a subclass would make Gradio write a stub beside it
     return component
 
 
 def _unopened(payload: ImageData | None) -> str | Path | None:
-    """A file, or a data URL, as it was given."""
+    """The file or data URL of an upload."""
     if payload is None or (payload.url or "").startswith("data:"):
         return payload and payload.url
     return Path(payload.path) if payload.path else ""
