@@ -166,7 +166,7 @@ def find_units(model: nn.Module, modules: str) -> list[tuple[str, list[str]]]:
             if pattern.search(path):
                 units.setdefault(path.rpartition(".")[0], []).append(path)
     if not units:
-        rows = "no MLP of a known manner" if modules == "mlp" else f"no linear that modules={modules!r} finds"
+        rows = "no MLP of a known architecture" if modules == "mlp" else f"no linear that modules={modules!r} finds"
         raise NoLinearsError(
             f"{type(model).__name__} has {rows}; pass modules= with a regular expression for its linears"
         )
@@ -207,7 +207,7 @@ def head_paths(model: Any, head: str) -> list[str]:
     if not head.endswith(OWN_HEADS):
         return []
     trunk = next((name for name, child in model.named_children() if child is model.base_model), None)
-    if trunk is None:  # CLIPForImageClassification, UperNet: the trunk bears another name than the prefix
+    if trunk is None:  # CLIPForImageClassification, UperNet: the trunk's name is not the prefix
         trunk = next(name for name, child in model.named_children() if hasattr(child, "config"))
     pooler = getattr(model.get_submodule(trunk), "pooler", None)
     inside = [f"{trunk}.pooler"] if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()) else []

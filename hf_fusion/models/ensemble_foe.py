@@ -33,18 +33,17 @@ class FixedFuser(nn.Module):
         """(B, K C) -> (B, C): logits, or the logarithms of probabilities."""
         outputs = features.float().view(len(features), len(self.weights), -1)  # (B, K, C)
         absent = float("-inf") if self.over == "logits" else 0.0
-        asked = (outputs != absent).any(
-            -1
-        )  # (B, K): an expert with non-finite outputs on an example does not count for it
+        # (B, K): an expert with non-finite outputs on an example does not count for it
+        is_finite = (outputs != absent).any(-1)
         if self.rule == "max_model":
             fused = outputs.amax(1)
         else:
-            shares = asked * torch.tensor(self.weights, device=outputs.device)  # (B, K)
+            shares = is_finite * torch.tensor(self.weights, device=outputs.device)  # (B, K)
             shares = shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            fused = (outputs.masked_fill(~asked[..., None], 0) * shares[..., None]).sum(1)
+            fused = (outputs.masked_fill(~is_finite[..., None], 0) * shares[..., None]).sum(1)
         if self.over == "probabilities":
             return fused.clamp(min=LEAST_PROBABILITY).log()
-        return fused.masked_fill(~asked.any(1, keepdim=True), 0)
+        return fused.masked_fill(~is_finite.any(1, keepdim=True), 0)
 
 
 def fused_logits(logits: torch.Tensor, onehot: torch.Tensor, regression: bool) -> torch.Tensor:

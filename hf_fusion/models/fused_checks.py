@@ -173,8 +173,8 @@ def refuse(rows: Iterator[Row] | Sequence[Row], prefix: str = f"{FILE}: ") -> No
     """Raises ValueError for the first invalid row; the message begins with `prefix`."""
     for where, value, is_right, expected in rows:
         if not is_right:
-            found = "missing" if value == "missing" else f"{_short.repr(value)}"
-            raise ValueError(f"{prefix}{where.lstrip('.')} is {found}; it must be {expected}")
+            printed = "missing" if value == "missing" else f"{_short.repr(value)}"
+            raise ValueError(f"{prefix}{where.lstrip('.')} is {printed}; it must be {expected}")
 
 
 def check_file(content: Any, table: Table, config_class: type) -> None:

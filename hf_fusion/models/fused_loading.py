@@ -68,7 +68,7 @@ def weight_files(name: Any, hub: Mapping[str, Any]) -> list[Path]:
     try:
         shards = json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values()
         if not shards or any(not isinstance(shard, str) or shard != Path(shard).name for shard in shards):
-            raise ValueError("its weight_map names something else than files beside it")
+            raise ValueError("its weight_map names what is not a file beside it")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{INDEX} cannot be read ({_line(error)})") from None
     return [Path(str(cached_file(name, shard, **hub))) for shard in sorted(set(shards))]
@@ -102,7 +102,7 @@ def explained(name: Any) -> Iterator[None]:
         yield
     except KEPT:
         raise
-    except BaseException as error:  # whatever transformers does with such a folder; Rust's panics are no `Exception`
+    except BaseException as error:  # transformers raises various errors; Rust's panics are not an `Exception`
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         is_elsewhere = not Path(str(name)).exists()
@@ -219,7 +219,7 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: CheckpointHe
     is_offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
     for name, tensor in model.state_dict().items():
         if stored and tensor.is_meta and name not in stored.shapes and not is_offloaded:
-            raise ValueError(f"it lacks weights, first {name}")  # transformers does not tell of all
+            raise ValueError(f"it lacks weights, first {name}")  # transformers does not report all of them
         path, _, is_float = stored.shapes.get(name, (None, (), None)) if stored else (None, (), None)
         if is_float is not None and is_float != tensor.is_floating_point():
             raise ValueError(f"{name} is not of the type that config.json describes ({tensor.dtype})")

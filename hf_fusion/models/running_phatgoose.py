@@ -40,7 +40,7 @@ class RunningMixin:
     ) -> None:
         """Set the state of a call: options, padding, and whether it starts a new sequence."""
         state, records = self.calls.current(), bool(self.record_routing)
-        if state is None or not path:  # else the base has called what it reads with
+        if state is None or not path:  # otherwise the base has called one of its modules
             state = self.calls.new(path)
             state.outer = self.calls.enter(state)
             if (records or not torch.compiler.is_dynamo_compiling()) and (last := self.calls.last()) is not None:

@@ -97,7 +97,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
         """
         shared = self.experts[0].model
         if kind == "routing" and any(expert.adapter is None or expert.model is not shared for expert in self.experts):
-            raise NotApplicable("routes among adapters of one base, and these are models of their own")
+            raise NotApplicable("routes among adapters of one base, and these are independent models")
         return super().of_kind(kind)
 
     def fused(self, holdout: Holdout) -> list[int]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 
 TOP_K = 2
-HEADS = "the experts bring heads of their own, without which their base has no answers"
+HEADS = "the experts have their own heads, without which the base cannot predict"
 
 
 class RoutingSetup(TaskSetup, kind="routing"):
