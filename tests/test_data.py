@@ -1,4 +1,4 @@
-"""Rows from files, folders and saved data sets."""
+"""Rows from files, folders and saved datasets."""
 
 from __future__ import annotations
 

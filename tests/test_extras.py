@@ -1,4 +1,4 @@
-"""What is not installed is said first and once; an expert is never blamed for it."""
+"""Missing libraries are reported first and once, and not as a fault of an expert."""
 
 from __future__ import annotations
 

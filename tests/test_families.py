@@ -1,4 +1,4 @@
-"""The registry of families: what each layer adds is there for every family, and what the rows say is true."""
+"""The registry of families: each layer supports every family, and the rows are correct."""
 
 from __future__ import annotations
 

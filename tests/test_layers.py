@@ -1,4 +1,4 @@
-"""The package has layers: a module imports from its own and from lower ones, inside functions too, and in no circle."""
+"""The package has layers: modules import from their layer and lower ones, also in functions, without circles."""
 
 from __future__ import annotations
 

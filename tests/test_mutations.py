@@ -1,4 +1,4 @@
-"""The mutations that the fuzz tests draw from do what their names say."""
+"""The mutations that the fuzz tests use change what their names say."""
 
 from __future__ import annotations
 

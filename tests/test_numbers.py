@@ -1,4 +1,4 @@
-"""The figures of README and the cards are those of the JSON files that they come from, and no figure has none."""
+"""Figures in README and the cards equal those in their JSON files, and each has a source."""
 
 from __future__ import annotations
 

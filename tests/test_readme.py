@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and the examples: every block of code in them; `test_numbers.py` has their figures."""
+"""README, CONTRIBUTING and the examples: all blocks of code run; `test_numbers.py` checks their figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fusion.yaml: what it holds, and that every mistake in one is named by file, key and reason."""
+"""fusion.yaml: its content, and errors that name file, key and reason."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""The check of calls on several threads finds what it is there to find."""
+"""The helper that checks calls on several threads finds wrong results and errors."""
 
 from __future__ import annotations
 

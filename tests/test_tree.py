@@ -1,4 +1,4 @@
-"""The tests lie as what they test does: each folder of tests has its counterpart, and no two files share a name."""
+"""The tests mirror the package: each folder of tests has its counterpart, and file names are unique."""
 
 from __future__ import annotations
 

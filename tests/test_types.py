@@ -1,4 +1,4 @@
-"""References to models: what is read is what is written, whatever characters names have."""
+"""References to models round-trip, with any characters in names."""
 
 from __future__ import annotations
 

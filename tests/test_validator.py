@@ -1,4 +1,4 @@
-"""The one validator: each annotation passes its values; of all others is said where they stand and what is right."""
+"""The validator: each annotation accepts its values; errors name the position and what is expected."""
 
 from __future__ import annotations
 

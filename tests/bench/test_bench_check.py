@@ -1,4 +1,4 @@
-"""What `hf-fusion bench check` says of suites on a Hub of stand-ins, and of suites that are run here."""
+"""`hf-fusion bench check` on suites of the Hub, against stand-ins, and on suites that are built locally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense predictions in the benchmark: tiny encoders with BatchNorm, merged under decoders of their own."""
+"""Dense prediction in the benchmark: tiny encoders with BatchNorm, merged, with a separate decoder per task."""
 
 from __future__ import annotations
 

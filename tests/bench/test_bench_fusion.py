@@ -1,4 +1,4 @@
-"""Pooled rows of a tiny suite: what the runner measures is what ensembles and FoE answer."""
+"""Pooled rows of a tiny suite: the runner's scores equal those of the ensembles and FoE."""
 
 from __future__ import annotations
 

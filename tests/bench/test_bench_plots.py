@@ -1,4 +1,4 @@
-"""The pictures: what is drawn, that labels keep apart, and what is not drawn."""
+"""The plots: what they show, that labels do not overlap, and when no plot is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results on the embedded Hub, over HTTP: read back by load_dataset, and in the cards of fused models."""
+"""Results pushed to the embedded Hub over HTTP: read by load_dataset, and shown in the cards of fused models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that score texts, and the fuser that weighs their scores as people do."""
+"""Models that score texts, and the fuser that weighs their scores."""
 
 from __future__ import annotations
 

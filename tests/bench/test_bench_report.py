@@ -1,4 +1,4 @@
-"""From cells to the summary and its tables: numbers computed by hand, what is missing, and what must be escaped."""
+"""Summary and tables from cells: numbers computed by hand, missing cells, and escaping."""
 
 from __future__ import annotations
 

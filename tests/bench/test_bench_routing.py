@@ -1,4 +1,4 @@
-"""Adapters of a tiny suite: what the runner measures is what the routers answer."""
+"""Adapters of a tiny suite: the runner's scores equal those of the routers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of a task are whose."""
+"""The splits of a task's rows, and errors about its data."""
 
 from __future__ import annotations
 

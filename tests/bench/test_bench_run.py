@@ -1,4 +1,4 @@
-"""The runner on a tiny suite: what it measures is what the models do, whatever happens on the way."""
+"""The runner on a tiny suite: its scores equal the models', and failed or killed runs resume."""
 
 from __future__ import annotations
 

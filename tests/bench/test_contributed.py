@@ -1,4 +1,4 @@
-"""The two files that CONTRIBUTING shows: a suite and a method of one's own, measured by the command that it shows."""
+"""The suite and the method in CONTRIBUTING, measured by the command that it gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hub suites from end to end, by the commands and clients that anyone has, against stand-ins under the real ids."""
+"""The Hub suites from end to end, through the command line and the Hub's client, with stand-ins under the real ids."""
 
 from __future__ import annotations
 

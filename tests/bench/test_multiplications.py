@@ -1,4 +1,4 @@
-"""What a forward costs: products that happen in place, and attention on the CPU, count like all others."""
+"""The cost of a forward pass: in-place products and attention on the CPU are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suites are read from their files, and what is wrong in one is said in one sentence."""
+"""Suite files: what is read from them, and one-sentence errors about invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zero-shot heads of all templates, against reading every text beside every picture."""
+"""Zero-shot heads of all templates, compared with encoding each text next to each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cards: what they say, what of a hand-written one survives, and that nothing from the Hub breaks out of them."""
+"""Model cards: their content, preserved hand-written text, and escaping of text from the Hub."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The card of static merges: what it says of methods, parameters and results, and that strangers' text stays text."""
+"""The card of static merges: methods, parameters, results, and escaping of untrusted text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PHATGOOSE's card: what it says of routing, measurements and bases, and that nothing from the Hub breaks out of it."""
+"""PHATGOOSE's card: routing, measurements, bases, and escaping of text from the Hub."""
 
 from __future__ import annotations
 

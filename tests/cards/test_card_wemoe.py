@@ -1,4 +1,4 @@
-"""WEMoE's card: what it says of experts, storage, routers and measurements, and that its usage block runs."""
+"""WEMoE's card: experts, storage, routers, measurements, and a usage block that runs."""
 
 from __future__ import annotations
 

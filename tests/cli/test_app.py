@@ -1,4 +1,4 @@
-"""The parser, the help texts and what becomes of errors."""
+"""The argument parser, the help texts and the output of errors."""
 
 from __future__ import annotations
 

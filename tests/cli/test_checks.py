@@ -1,4 +1,4 @@
-"""Mistakes that a look at the arguments, at folders and at the beginnings of files shows are told within a second."""
+"""Mistakes in arguments, folders and file headers are reported within a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands on real things: tiny experts on the embedded Hub, found, fused, fitted and measured."""
+"""The commands on tiny experts of the embedded Hub: discover, fuse, fit and eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hf-fusion fuse` of static merges as people and scripts meet it, and `eval` of what came of them."""
+"""`hf-fusion fuse` for static merges, interactive and in scripts, and `eval` of the merged models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands and the examples on tiny adapters with gates: from tags to a published router, measured on the way."""
+"""The commands and the examples on tiny adapters with gates, from discovery to a published router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands on tiny full fine-tunes: fused, routers adapted, measured, and what is wrong said in a line."""
+"""The commands on tiny full fine-tunes: fuse, adapt routers, eval, and one-line errors."""
 
 from __future__ import annotations
 

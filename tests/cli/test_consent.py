@@ -1,4 +1,4 @@
-"""Code of a folder runs only by consent: hostile code in every place of every kind of folder, and every verb on it."""
+"""Remote code runs only with consent: planted in each file of each kind of folder, tried with each command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that CONTRIBUTING shows, added as its text says: one module, and one row."""
+"""The command in CONTRIBUTING, added as described there: one module and one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hf-fusion fit gates`, on the adapter of a tiny Llama: into its folder, and into its repo."""
+"""`hf-fusion fit gates` on the adapter of a tiny Llama: saved in its folder, and pushed to its repo."""
 
 from __future__ import annotations
 

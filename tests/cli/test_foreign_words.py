@@ -1,4 +1,4 @@
-"""Fields of any type, and words that would steer a terminal, in files of strangers: clear errors, nothing obeyed."""
+"""Untrusted files with fields of wrong types and terminal control codes: clear errors, escaped text."""
 
 import json
 import os

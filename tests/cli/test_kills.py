@@ -1,4 +1,4 @@
-"""Commands that are killed at any moment: nothing half-written loads, nothing is lost, and a second run is right."""
+"""Commands that are killed at any moment: nothing half-written loads, nothing is lost, and a second run succeeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Out`: data on stdout, the rest on stderr, one document per call in json, bare ids in quiet."""
+"""`Out`: data on stdout, everything else on stderr, one JSON document per call, bare ids in quiet mode."""
 
 from __future__ import annotations
 

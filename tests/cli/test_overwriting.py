@@ -1,4 +1,4 @@
-"""Nothing of the user's is replaced unasked: models, fits, measurements, gates, Hubs, data sets."""
+"""User data is not overwritten without consent: models, fits, measurements, gates, Hubs, datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phases: told to whoever asks for them in his own thread, as bars on a terminal and as lines elsewhere."""
+"""Progress phases: reported per thread, as bars on a terminal and as lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hf-fusion demo` from end to end, as a user runs it."""
+"""`hf-fusion demo` from end to end."""
 
 from __future__ import annotations
 

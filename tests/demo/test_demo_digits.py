@@ -1,4 +1,4 @@
-"""The digits, the committed experts that know them, and the repos that do not fit."""
+"""The digits, the committed experts, and the repos that are incompatible."""
 
 from __future__ import annotations
 

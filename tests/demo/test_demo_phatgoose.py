@@ -1,4 +1,4 @@
-"""`hf-fusion demo phatgoose` from end to end, as a user runs it: about three minutes on two cores."""
+"""`hf-fusion demo phatgoose` from end to end: about three minutes on two cores."""
 
 from __future__ import annotations
 

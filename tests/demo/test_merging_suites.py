@@ -1,4 +1,4 @@
-"""Which rows of a task are whose, and what is said where data or experts are missing."""
+"""The splits of a task's rows, and errors about missing data or experts."""
 
 from __future__ import annotations
 

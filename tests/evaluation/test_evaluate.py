@@ -1,4 +1,4 @@
-"""One call for all families: it knows what each is measured with, and on what."""
+"""`evaluate` chooses the measurement and the baselines by the model's family."""
 
 from __future__ import annotations
 

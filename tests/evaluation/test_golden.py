@@ -1,4 +1,4 @@
-"""Tiny models of every kind score what was recorded: a change of how things are measured changes no cell."""
+"""Golden results: tiny models of each kind must keep the recorded scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrupted pictures: repeatable, worse with every severity that the paper made worse, of the picture's own mode."""
+"""Image corruptions: deterministic, stronger with severity as in the paper, in the image's mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merged model beside its experts: every score is what the plain models give, and misfits are named."""
+"""A merged model and its experts: scores equal the plain models', and mismatches are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics that the package carries, through evaluate's own loader."""
+"""The package's metrics, loaded as `evaluate` loads them."""
 
 from __future__ import annotations
 

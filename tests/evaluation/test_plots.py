@@ -1,4 +1,4 @@
-"""The pictures: accuracy against cost, and where the tokens of tasks go."""
+"""The plots: accuracy against cost, and routing and coefficient maps."""
 
 from __future__ import annotations
 

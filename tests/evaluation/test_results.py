@@ -1,4 +1,4 @@
-"""One form of results for all families: saved, read again, also from both earlier forms, compared and shown."""
+"""`Results` of all families: saving, loading, also of both earlier formats, comparing and printing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A static merge beside its experts and base: every score is what the plain models give, one model at a time."""
+"""A static merge, its experts and its base: scores equal the plain models', one model in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrupted texts: the same for the same arguments, worse at each severity, and still the same kind of text."""
+"""Text corruptions: deterministic, stronger with severity, and of the same format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb, its recipe and its folder: from ids on the Hub to a model that reads back."""
+"""`fuse`, its recipe and its folder: from ids on the Hub to a model that loads."""
 
 import shutil
 import threading

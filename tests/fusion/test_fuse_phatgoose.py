@@ -1,4 +1,4 @@
-"""PHATGOOSE by the verb: adapters from the Hub, their recipe, their folder, and every adapter that does not fit."""
+"""`fuse` with PHATGOOSE: adapters from the Hub, their recipe and folder, and incompatible adapters."""
 
 from __future__ import annotations
 

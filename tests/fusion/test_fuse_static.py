@@ -1,4 +1,4 @@
-"""The verb with static methods: a plain model of its own class, whatever its experts were given as."""
+"""`fuse` with static methods: a plain model of the experts' class, from ids, folders or models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that train what their base ties, in each family: right, or refused with a way on that is right."""
+"""Adapters that train tied weights, in each family: correct results, or an error with a hint that works."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""WEMoE by the verb: full fine-tunes with their base, adapters, their recipe, their folder, and what does not fit."""
+"""`fuse` with WEMoE: full fine-tunes with their base, adapters, recipe, folder, and incompatible experts."""
 
 from __future__ import annotations
 

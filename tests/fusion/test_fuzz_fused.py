@@ -1,4 +1,4 @@
-"""Fused folders as accident or malice leaves them: each is one clear error, or the model loads and answers."""
+"""Corrupted fused folders: each gives one clear error, or the model loads and answers."""
 
 from __future__ import annotations
 

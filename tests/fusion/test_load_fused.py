@@ -1,4 +1,4 @@
-"""What `load_fused`, and the loaders that travel with a model, say of folders that hold no whole fused model."""
+"""Errors of `load_fused`, and of the loaders published with a model, on incomplete folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whichever way a fused model is saved, it says what it was made of; on the Hub without a path of this machine."""
+"""Each way of saving a fused model records its recipe; on the Hub without local paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No path of a fused model leaves its folder or repo: read back, loaded by its class alone, or published."""
+"""Paths of a fused model cannot leave its folder or repo: when loaded, loaded by its class, or published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters read without peft equal what peft computes; what cannot be expressed is refused by name."""
+"""Adapters read without peft equal what peft computes; unsupported ones are refused by name."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The base that the caller names, instead of the one that adapters record: which is then not asked for at all."""
+"""A base given by the caller replaces the recorded one, which is then not requested."""
 
 from __future__ import annotations
 

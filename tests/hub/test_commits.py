@@ -1,4 +1,4 @@
-"""40 hex digits are a commit: what comes from a Hub that means a branch of that name by them is refused."""
+"""Forty hex digits are a commit: a Hub that returns a branch of that name is refused."""
 
 import threading
 import urllib.error

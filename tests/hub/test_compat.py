@@ -1,4 +1,4 @@
-"""Every reason an expert can be rejected for, each from a real repo that has the fault; and what is never done."""
+"""Each reason for rejecting an expert, from a real repo with the fault; and what is never downloaded or run."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What discover proposes can be fused: groups by labels and base, without experts that no fusion would take."""
+"""Experts that `discover` groups can be fused: same labels and base, without broken ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The strictest licence, and what stops it from being computed."""
+"""The strictest licence, and when it cannot be determined."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Loading from folders and from memory: the right class, shared bases, nothing random, nothing unsafe."""
+"""Loading from folders and from memory: the right class, shared bases, no random or unsafe weights."""
 
 import logging
 

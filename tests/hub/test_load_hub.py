@@ -1,4 +1,4 @@
-"""Loading from the embedded Hub: pinned, only the files that are needed, resumed, and never trusting by accident."""
+"""Loading from the embedded Hub: pinned, only the needed files, resumed, and without implicit trust."""
 
 import fcntl
 import os

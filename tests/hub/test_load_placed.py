@@ -1,4 +1,4 @@
-"""Adapters whose paths are not those of the loaded base, in experts and in every family: PEFT says what is right."""
+"""Adapters whose paths differ from the loaded base's, in experts and in each family, compared with PEFT."""
 
 from __future__ import annotations
 

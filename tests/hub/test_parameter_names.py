@@ -1,4 +1,4 @@
-"""Tensors by the names that transformers' loader gives them: the loader itself says what is right."""
+"""Parameter names, compared with those of transformers' loader."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""All experts and gates in one file, as PHATGOOSE's authors store them: they route here as they route there."""
+"""Checkpoints with all experts and gates, as PHATGOOSE's authors store them: equal routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others are told of folders of this machine."""
+"""Names and hashes that published recipes have instead of local paths."""
 
 from __future__ import annotations
 

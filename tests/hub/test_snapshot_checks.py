@@ -1,4 +1,4 @@
-"""No path of an expert leaves its folder, for every family, base and loader: it is refused before anything is read."""
+"""Paths of an expert cannot leave its folder, for each family, base and loader: refused before reading."""
 
 from __future__ import annotations
 

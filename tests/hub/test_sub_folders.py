@@ -1,4 +1,4 @@
-"""Sub-folders that a model's manifests name: a merge, and a download, that leaves them out gives a broken model."""
+"""Subfolders that a model's manifests name are merged and downloaded with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of strangers' folders: their own are read; whatever else lies there is refused within seconds, never opened."""
+"""Files of untrusted folders: links outside and special files are refused at once, without opening them."""
 
 from __future__ import annotations
 

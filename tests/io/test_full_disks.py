@@ -1,4 +1,4 @@
-"""Whatever writes, on a disk that is full or read-only: one sentence that names the place, and nothing is changed."""
+"""Writing to a full or read-only disk: one sentence that names the path, and nothing is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures from outside: each is opened within limits, or refused with one sentence that names it."""
+"""Untrusted images: opened within limits, or refused with one sentence that names them."""
 
 from __future__ import annotations
 

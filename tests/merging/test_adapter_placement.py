@@ -1,4 +1,4 @@
-"""Adapters whose paths are not the checkpoint's names, merged as PEFT merges them on the model that it loads."""
+"""Adapters whose paths differ from the checkpoint's names, merged as by PEFT."""
 
 from __future__ import annotations
 

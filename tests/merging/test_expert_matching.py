@@ -1,4 +1,4 @@
-"""Which tensors of an expert are merged: by the loader's names, counted, and never none of them."""
+"""Matching of an expert's tensors, by the loader's names; experts without a match are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Hundreds of seeded mutations of every kind of file that a merge reads: each ends, in a model or in a clear error."""
+"""Hundreds of seeded mutations of all files that a merge reads: each gives a model or a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files, indexes, recipes and outputs that nobody should have made: each is one clear error, and nothing is written."""
+"""Hostile files, indexes, recipes and output paths: each gives one clear error, and nothing is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merged model ends with the config that its tensors say, and transformers' loader is asked before "✓"."""
+"""The merged config matches the merged tensors, and transformers' loader checks them before "✓"."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Adapters merged into one: PEFT computes with it what it computes with all of them, within the error that is told."""
+"""Adapters merged into one: PEFT computes the same as with all of them, within the reported error."""
 
 from __future__ import annotations
 

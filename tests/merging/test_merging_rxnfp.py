@@ -1,4 +1,4 @@
-"""Two real fine-tunes of one real base, made by others and shipped in a wheel, merged by static methods."""
+"""Two real fine-tunes of one base, from a wheel on PyPI, merged by static methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices of models whose layers are unlike: each stays what it was, as the logits of a model made by hand show."""
+"""Slices of models with different layer types, compared with models assembled by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models made of slices of others: which layer comes from where, and what the configuration then says."""
+"""Models made of slices: the source of each layer, and the merged configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tied embeddings: what PEFT's own model of an adapter answers is what the merged model answers."""
+"""Tied embeddings: the merged model equals PEFT's model of the adapter."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Adapters that train embeddings and heads, as one adapter: PEFT loads it, and it is what they are together."""
+"""Adapters that train embeddings and heads, merged into one adapter that PEFT loads."""
 
 import pytest
 import torch

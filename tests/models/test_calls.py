@@ -1,4 +1,4 @@
-"""What belongs to a call: found by the thread or task that makes it, by no other, and gone when it ends."""
+"""State of a call: visible only to its thread or task, and gone when it ends."""
 
 from __future__ import annotations
 

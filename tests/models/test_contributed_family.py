@@ -1,4 +1,4 @@
-"""The family that CONTRIBUTING shows: two files beside the shared ones, saved, pushed, and loaded by strangers."""
+"""The family in CONTRIBUTING: two files beside the shared ones, saved, pushed, and loaded elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers asks of any model, asked of the three families: embeddings, resizing, activation checkpoints."""
+"""transformers' interface in the three families: embeddings, resizing, activation checkpointing."""
 
 from __future__ import annotations
 

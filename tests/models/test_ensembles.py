@@ -1,4 +1,4 @@
-"""Ensembles: the mean and the maximum of what experts say, without a fuser to fit, as one model that travels."""
+"""Ensembles: the mean and the maximum of experts' outputs, without a fuser, as one saved model."""
 
 from __future__ import annotations
 

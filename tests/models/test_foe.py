@@ -1,4 +1,4 @@
-"""FoEModel against the plain way of doing the same: one expert after the other, one example after the other."""
+"""FoEModel compared with a plain loop over experts and examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation by a FoE of language models: what the chosen expert's own `generate` gives, with every option."""
+"""Generation by a FoE of language models equals the chosen expert's `generate`, with all options."""
 
 from __future__ import annotations
 

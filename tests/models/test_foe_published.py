@@ -1,4 +1,4 @@
-"""A published FoE in a fresh process, where hf_fusion cannot be imported and the cache is empty."""
+"""A published FoE in a fresh process without hf_fusion and with an empty cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One FoE for several threads and tasks: a call gets what it gets alone, in every mode, head and kind of expert."""
+"""One FoE used by several threads and tasks: each call equals a single-threaded one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PHATGOOSE and WEMoE generate as dense models do: every option, and the generation config that they were made with."""
+"""PHATGOOSE and WEMoE generate like dense models: all options, and the stored generation config."""
 
 from __future__ import annotations
 

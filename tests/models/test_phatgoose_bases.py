@@ -1,4 +1,4 @@
-"""PhatgooseRouter against PEFT's own model of the same adapter, and what each kind of base needs."""
+"""PhatgooseRouter compared with PEFT, for each kind of base."""
 
 from __future__ import annotations
 

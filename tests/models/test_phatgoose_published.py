@@ -1,4 +1,4 @@
-"""A published router in a fresh process, where neither hf_fusion nor peft can be imported and the cache is empty."""
+"""A published router in a fresh process without hf_fusion and peft, and with an empty cache."""
 
 from __future__ import annotations
 

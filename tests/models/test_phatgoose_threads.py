@@ -1,4 +1,4 @@
-"""Several threads and tasks use one router at once: each gets what it would get alone."""
+"""One router used by several threads and tasks: each call equals a single-threaded one."""
 
 from __future__ import annotations
 

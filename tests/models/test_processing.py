@@ -1,4 +1,4 @@
-"""The processor of a FoE that brings experts' own code along."""
+"""The processor of a FoE whose experts have custom code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fused models show themselves: short reprs and summaries that are tables, in every family."""
+"""Representations of fused models: short reprs, and summaries as tables, in each family."""
 
 from __future__ import annotations
 

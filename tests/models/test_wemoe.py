@@ -1,4 +1,4 @@
-"""WEMoEModel against a plain loop, for every architecture and storage; heads, generation, merging, what is refused."""
+"""WEMoEModel compared with a plain loop, for each architecture and storage; heads, generation, merging, errors."""
 
 from __future__ import annotations
 

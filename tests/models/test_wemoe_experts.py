@@ -1,4 +1,4 @@
-"""What WEMoE is made of: coefficients, heads, adapters, towers, SMILE, and plain models out of it."""
+"""Parts of WEMoE: coefficients, heads, adapters, towers, SMILE, and export of plain models."""
 
 from __future__ import annotations
 

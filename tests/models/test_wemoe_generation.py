@@ -1,4 +1,4 @@
-"""WEMoE's language models: routed by the prompt, cached equals uncached, scoring equals generation."""
+"""WEMoE's language models: routed by the prompt; cached equals uncached, scoring equals generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WEMoE and coefficients of models that answer for every pixel: each expert keeps its decoder."""
+"""WEMoE and coefficients of dense prediction models: each expert keeps its decoder."""
 
 from __future__ import annotations
 

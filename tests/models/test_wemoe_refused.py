@@ -1,4 +1,4 @@
-"""What WEMoE is not made of: experts that do not fit and options that make no sense, each named."""
+"""Errors of WEMoE: mismatched experts and invalid options, each named."""
 
 from __future__ import annotations
 

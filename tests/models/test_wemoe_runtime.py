@@ -1,4 +1,4 @@
-"""WEMoE in the tools around it: bf16, gradient checkpointing, Trainer, torch.compile, device_map, copies, traces."""
+"""WEMoE with bf16, gradient checkpointing, Trainer, torch.compile, device_map, copies and traces."""
 
 from __future__ import annotations
 

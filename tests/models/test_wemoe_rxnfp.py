@@ -1,4 +1,4 @@
-"""Two real fine-tunes of one real base, made by others and shipped in a wheel: fused, adapted, saved, read anywhere."""
+"""Two real fine-tunes of one base, from a wheel on PyPI: fused, adapted, saved and loaded."""
 
 from __future__ import annotations
 

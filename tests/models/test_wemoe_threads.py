@@ -1,4 +1,4 @@
-"""WEMoE on several threads at once: whatever a call knows, no other call sees."""
+"""One WEMoE used by several threads: no call sees another's state."""
 
 from __future__ import annotations
 

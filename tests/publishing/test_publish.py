@@ -1,4 +1,4 @@
-"""From a fused model to a repo that anyone loads: what is sent, what is refused, and what happens when it breaks."""
+"""Publishing a fused model: uploaded files, refusals, and interrupted pushes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Experts that are folders: others are told their names and contents, or they are pushed first; paths stay here."""
+"""Experts in local folders: published by name and hash, or pushed first; local paths are not published."""
 
 from __future__ import annotations
 

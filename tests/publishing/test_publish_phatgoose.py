@@ -1,4 +1,4 @@
-"""A router published: its card with measurements and the picture, and whoever loads it without hf_fusion and peft."""
+"""Publishing a router: its card with measurements and plot, and loading without hf_fusion and peft."""
 
 from __future__ import annotations
 

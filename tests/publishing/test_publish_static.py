@@ -1,4 +1,4 @@
-"""Static merges on their way: from ids on the Hub to a repo that anyone loads, with a card of how it was made."""
+"""Publishing static merges: from ids on the Hub to a repo with a card that documents the merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may see and do what, and that tokens leave no trace."""
+"""Permissions, and that tokens are not stored or logged."""
 
 from __future__ import annotations
 

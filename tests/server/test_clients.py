@@ -1,4 +1,4 @@
-"""The libraries people use, each in a process of its own with an empty HF_HOME."""
+"""Client libraries, each in a separate process with an empty HF_HOME."""
 
 from __future__ import annotations
 

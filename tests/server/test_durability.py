@@ -1,4 +1,4 @@
-"""What survives a restart and a kill -9: everything that was committed, whole, and nothing else."""
+"""Restarts and kill -9: exactly what was committed survives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hub on a disk that is full or read-only: 507 with a sentence, nothing changed, everything still to be had."""
+"""The Hub on a full or read-only disk: 507 with a sentence, nothing changed, and reads still work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one user may try against all others: names, metadata and bodies that take the Hub memory, time or its start."""
+"""Hostile clients: names, metadata and bodies that would exhaust memory or time, or prevent a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding repos: filters, search, sorting, pages, expand; and the tags that make them findable."""
+"""Listing repos: filters, search, sorting, pages, expand, and derived tags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many real clients at once: no answer of 500, no acknowledged push lost, every download what was pushed."""
+"""Many real clients at once: no 500, no acknowledged push lost, each download equal to its push."""
 
 from __future__ import annotations
 

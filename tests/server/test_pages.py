@@ -1,4 +1,4 @@
-"""The pages for people, and cards that mean harm."""
+"""The HTML pages, and hostile cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol beside pushes and lists: accounts, repos, trees, references, downloads, collections."""
+"""The protocol apart from pushes and lists: accounts, repos, trees, references, downloads, collections."""
 
 from __future__ import annotations
 

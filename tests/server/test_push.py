@@ -1,4 +1,4 @@
-"""Pushing through the unmodified client: every way a file can travel, and what the Hub refuses."""
+"""Pushing through the unmodified client: each upload method, and refusals."""
 
 from __future__ import annotations
 

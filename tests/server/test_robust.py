@@ -1,4 +1,4 @@
-"""Requests no client sends: whatever comes, the Hub answers, says why, and goes on."""
+"""Malformed requests: the Hub answers with a reason, and keeps serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes from the Hub's own OpenAPI, with and without a token: none is answered with 5xx."""
+"""Requests that schemathesis generates from the Hub's OpenAPI schema, with and without a token: no 5xx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lists show is kept on disk: a restart reads it, a commit replaces it, what is damaged is derived again."""
+"""Summaries for lists are stored on disk: read at a restart, updated by commits, rebuilt if damaged."""
 
 from __future__ import annotations
 

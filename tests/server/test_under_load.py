@@ -1,4 +1,4 @@
-"""The load benchmark as a test: every byte back, no answer of 500 or above."""
+"""The load benchmark as a test: all bytes are returned, and no status of 500 or above."""
 
 from __future__ import annotations
 

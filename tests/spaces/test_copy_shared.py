@@ -1,4 +1,4 @@
-"""Each Space is uploaded by itself: it holds what it imports of spaces/_shared, as it stands there."""
+"""Each Space is uploaded by itself: it contains current copies of what it imports from spaces/_shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The FoE Space's HTML: what is on the page, on which axes, and that no text from a model becomes markup."""
+"""The FoE Space's HTML: its content, axes, and escaping of text from a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The FoE Space's data: pictures in MNIST's form, a model's trace and results as plain data."""
+"""The FoE Space's data: images in MNIST's format, a model's trace and results as plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The FoE Space as people use it: a published model, a copied folder, a real browser and the API client."""
+"""The FoE Space in use: a published model, a copied folder, a real browser and the API client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leaderboard's data, addresses, tables and pictures: numbers of the summary, and no text that becomes markup."""
+"""The leaderboard's data, URLs, tables and plots: the summary's numbers, and escaping."""
 
 from __future__ import annotations
 

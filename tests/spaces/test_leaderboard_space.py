@@ -1,4 +1,4 @@
-"""The leaderboard Space as people use it: results in a data set of the Hub, a copied folder, a real browser."""
+"""The leaderboard Space in use: results in a dataset repo, a copied folder, a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PHATGOOSE Space's data and HTML: colours, numbers, and that no text of a prompt or model becomes markup."""
+"""The PHATGOOSE Space's data and HTML: colours, numbers, and escaping of prompts and outputs."""
 
 from __future__ import annotations
 

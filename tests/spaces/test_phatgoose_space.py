@@ -1,4 +1,4 @@
-"""The PHATGOOSE Space as people use it: a published router, a copied folder, a real browser and the API client."""
+"""The PHATGOOSE Space in use: a published router, a copied folder, a real browser and the API client."""
 
 from __future__ import annotations
 

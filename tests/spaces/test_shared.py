@@ -1,4 +1,4 @@
-"""What the Spaces have in common: words, looks, colours, and where labels stand."""
+"""What the Spaces share: texts, styles, colours, and positions of labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The WEMoE Space's data and HTML: colours, numbers, tables, and that no text of an input or model becomes markup."""
+"""The WEMoE Space's data and HTML: colours, numbers, tables, and escaping of inputs and outputs."""
 
 from __future__ import annotations
 

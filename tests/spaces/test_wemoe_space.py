@@ -1,4 +1,4 @@
-"""The WEMoE Space as people use it: a published model, a copied folder, a real browser and the API client."""
+"""The WEMoE Space in use: a published model, a copied folder, a real browser and the API client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Concrete: a mask shared by all task vectors, learned without labels; then the coefficients under it."""
+"""Concrete: a mask shared by all task vectors, learned without labels, then the coefficients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and statistics of dense predictions, against scikit-learn's and numpy's on the labelled pixels."""
+"""Losses and statistics of dense predictions, compared with scikit-learn and numpy on labelled pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitting: what it learns, that it repeats itself, what it keeps, and what it does on several processes."""
+"""Fitting a fuser: what it learns, reproducibility, unchanged experts, and several processes."""
 
 from __future__ import annotations
 

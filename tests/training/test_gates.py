@@ -1,4 +1,4 @@
-"""Gates: the formula, what training leaves alone, what it learns, that it resumes; and the two stand-ins."""
+"""Gates: the formula, frozen weights, learning, resuming, and both replacements for missing gates."""
 
 from __future__ import annotations
 

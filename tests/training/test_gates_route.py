@@ -1,4 +1,4 @@
-"""Gates that were trained apart, put together: every token finds the expert that knows it."""
+"""Gates trained separately and combined: each token is routed to the expert of its task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts with targets become batches, and teacher forcing tells what greedy decoding would write."""
+"""Prompts with targets become batches, and teacher forcing predicts what greedy decoding generates."""
 
 from __future__ import annotations
 

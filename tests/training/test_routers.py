@@ -1,4 +1,4 @@
-"""Training routers: what is trained, the collapse guard, resuming; and AdaMerging's coefficients."""
+"""Training routers: trained parameters, the collapse guard, resuming; and AdaMerging's coefficients."""
 
 from __future__ import annotations
 

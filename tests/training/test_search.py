@@ -1,4 +1,4 @@
-"""Searches that only try: weights of adapters as in LoraHub, and greedy soups."""
+"""Gradient-free searches: adapter weights as in LoraHub, and greedy soups."""
 
 from __future__ import annotations
 

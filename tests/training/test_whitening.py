@@ -1,4 +1,4 @@
-"""Whitening: reference rows have mean 0 and covariance 1, and gates of whitened inputs are calibrated on them."""
+"""Whitening: reference rows get mean 0 and covariance 1, and gates of whitened inputs are calibrated on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where whole matrices are multiplied and decomposed: the CPU, or a GPU with the same result."""
+"""The device for products and decompositions of matrices: the CPU, or a GPU with equal results."""
 
 from __future__ import annotations
 

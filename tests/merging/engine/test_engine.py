@@ -1,4 +1,4 @@
-"""The streaming engine on real files: what is written is what a method says, whole or not at all."""
+"""The streaming engine on files: complete output that equals the method's result, or none."""
 
 from __future__ import annotations
 

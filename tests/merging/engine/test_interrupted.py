@@ -1,4 +1,4 @@
-"""Merges that are killed, run out of disk, or run twice: what is there is whole, and always the same bytes."""
+"""Merges that are killed, fill the disk, or run twice: output is complete, with the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards divided over processes: the same bytes, and what fails on one fails on all."""
+"""Shards divided over processes: the same bytes, and a failure of one stops all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mergekit's recipes run unchanged: its examples, its defaults and conventions, and errors that name the key."""
+"""mergekit's recipes run unchanged: examples, defaults, conventions, and errors that name the key."""
 
 from __future__ import annotations
 

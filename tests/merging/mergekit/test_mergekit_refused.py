@@ -1,4 +1,4 @@
-"""mergekit's recipes that are wrong, or hold what is not supported: each is one error that names the key."""
+"""Invalid or unsupported recipes of mergekit: each gives one error that names the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods with data: what is measured of experts, and what is made of it, against slow sums in double precision."""
+"""Data-dependent methods: statistics of experts and merges, compared with plain sums in float64."""
 
 from __future__ import annotations
 

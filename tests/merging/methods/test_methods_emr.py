@@ -1,4 +1,4 @@
-"""EMR against a float64 reference over whole models; model recombination by what it must keep together."""
+"""EMR against a float64 reference over whole models; invariants of model recombination."""
 
 from __future__ import annotations
 

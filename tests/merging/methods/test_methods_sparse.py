@@ -1,4 +1,4 @@
-"""Sparse methods beside plain float64 versions of what their papers say."""
+"""Sparse methods against plain float64 implementations of their papers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods of singular directions against float64 references by singular value decompositions, WUDI by autograd."""
+"""Spectral methods against float64 references by SVD, WUDI by autograd."""
 
 from __future__ import annotations
 

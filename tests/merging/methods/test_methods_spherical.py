@@ -1,4 +1,4 @@
-"""Methods of angles and lengths against float64 references on whole vectors."""
+"""Spherical methods against float64 references on whole vectors."""
 
 from __future__ import annotations
 

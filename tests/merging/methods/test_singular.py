@@ -1,4 +1,4 @@
-"""Where formulas have no value, or one that rounding would choose: limits by hand, and what float64 is there for."""
+"""Degenerate inputs, where formulas are undefined or ill-conditioned: limits computed by hand."""
 
 from __future__ import annotations
 

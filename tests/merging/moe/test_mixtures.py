@@ -1,4 +1,4 @@
-"""Dense models as one mixture of experts: it is the dense model where all experts are copies of it."""
+"""Mixtures of experts made of dense models: equal to the dense model if all experts are copies of it."""
 
 from __future__ import annotations
 

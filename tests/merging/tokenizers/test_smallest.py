@@ -1,4 +1,4 @@
-"""Vocabularies of unlike size cut to the smallest, by number, as mergekit does where a recipe names no tokenizer."""
+"""Vocabularies of different sizes truncated to the smallest, as by mergekit without a tokenizer setting."""
 
 from __future__ import annotations
 

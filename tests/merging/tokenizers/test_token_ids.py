@@ -1,4 +1,4 @@
-"""A merged model with another tokenizer: every number of a token in its configurations follows the token."""
+"""Token ids in configurations of a merged model with another tokenizer."""
 
 from __future__ import annotations
 

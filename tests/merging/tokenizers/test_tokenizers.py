@@ -1,4 +1,4 @@
-"""Models with unlike tokenizers: the union of their tokens, rows that follow tokens, and chat templates."""
+"""Models with different tokenizers: the union of their tokens, aligned embeddings, and chat templates."""
 
 from __future__ import annotations
 
