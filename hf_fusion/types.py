@@ -119,7 +119,7 @@ class ModelRef:
 def _is_folder(name: str | Path) -> bool:
     try:
         return Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # longer than any path, or in the home of nobody
+    except (OSError, RuntimeError, ValueError):  # too long for a path, or in the home of an unknown user
         return False
 
 

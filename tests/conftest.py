@@ -1,4 +1,4 @@
-"""What all tests share: an embedded Hub, and clients that never see this machine's caches or tokens."""
+"""Fixtures for all tests: an embedded Hub, and clients that never use this machine's caches or tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running `hf-fusion demo` and the commands it prints, as a user does."""
+"""Runs `hf-fusion demo` and the commands that it prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small file systems that are full or read-only for real."""
+"""Small real file systems that are full or read-only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environments in which some distributions are not installed: the others, linked into a folder of their own."""
+"""Environments without some distributions: a folder with links to all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that claim to be pictures, made as strangers make them: what is refused, and what is not but needs care."""
+"""Hostile image files: which must be refused, and which must be read with care."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A check of a whole Hub folder, as `git fsck` would do it and for large files too."""
+"""Checks all files of a Hub's folder, like `git fsck`, including large files."""
 
 from __future__ import annotations
 

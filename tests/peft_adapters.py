@@ -1,4 +1,4 @@
-"""Small models and PEFT's own adapters of them, saved by PEFT: what merges must agree with."""
+"""Small models with adapters that PEFT created and saved, as references for merges."""
 
 from __future__ import annotations
 

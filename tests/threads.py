@@ -1,4 +1,4 @@
-"""Calls of one model on several threads at once: whether each gives what it gives alone."""
+"""Runs calls of one model on several threads at once, and compares them with single-threaded calls."""
 
 from __future__ import annotations
 

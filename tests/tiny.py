@@ -1,4 +1,4 @@
-"""Small experts of real architectures, built in a moment: what the tests fuse."""
+"""Tiny experts of real architectures, which the tests fuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny experts that the Hub's tests push, load and publish: a BERT of 16 dimensions and adapters of it."""
+"""Tiny experts for tests with the Hub: a BERT of 16 dimensions and adapters of it."""
 
 import json
 

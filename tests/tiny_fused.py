@@ -1,4 +1,4 @@
-"""Tiny bases of every architecture that WEMoE knows, and full fine-tunes of them."""
+"""Tiny bases of all architectures that WEMoE supports, and full fine-tunes of them."""
 
 from __future__ import annotations
 

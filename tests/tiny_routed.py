@@ -1,4 +1,4 @@
-"""Tiny adapters of a Llama of 32 dimensions with gates, as folders: what PHATGOOSE's way to the Hub is tested with."""
+"""Tiny adapters with gates of a Llama of 32 dimensions, as folders, for tests of PHATGOOSE."""
 
 from __future__ import annotations
 

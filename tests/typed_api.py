@@ -1,4 +1,4 @@
-"""What type checkers make of the public names: checked by `make check`, never run."""
+"""Uses of the public names, type-checked by `make check` and never run."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _read(folder: Path, suite: Suite) -> dict[str, Any]:
 
 
 def _digest(suite: Suite) -> str:
-    """Of all that decides on the rows of the tasks and on how they are scored."""
+    """A digest of everything that determines the tasks' rows and their scores."""
     usual = {row.name: row.default if row.default is not MISSING else None for row in fields(Task)}
     tasks = {
         name: {key: repr(value) for key in usual if (value := getattr(task, key)) != usual[key] and key != "expert"}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SEVERITIES = (1, 2, 3, 4, 5)
-MARKUP = re.compile(r"(<\|\w+\|>(?:system|user|assistant)?\n?)")  # of chats: nobody types it
+MARKUP = re.compile(r"(<\|\w+\|>(?:system|user|assistant)?\n?)")  # of chats; users do not type it
 
 
 def parse_corruptions(words: Sequence[str], is_image: bool) -> list[str]:

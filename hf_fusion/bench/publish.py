@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 README = "README.md"
 TAGS = ("fusionbench", "hf-fusion")
 LICENSE = "apache-2.0"
-"""Of a data set that has none yet."""
+"""License of a dataset repo whose card has none."""
 PICTURES = "pictures/"
 
 # type of a cell's field, as it is written there -> what load_dataset makes of it
@@ -193,7 +193,7 @@ def push_results(planned: ResultsPlan, api: HfApi | None = None) -> PublishedRes
     """Carry out a plan: at most one commit to each repo; none where nothing changes.
 
     Raises:
-        FusionError: the Hub refuses, also because somebody else pushed since the plan was made.
+        FusionError: the Hub refuses, for example because another push was made since the plan.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

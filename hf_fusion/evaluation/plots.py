@@ -100,7 +100,7 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     from matplotlib.patches import Rectangle
 
     indices = {name: index for index, name in enumerate(routing.experts)}
-    order = sorted(  # each task in the row of its expert, then those of nobody
+    order = sorted(  # each task in the row of its expert, then tasks without one
         range(len(routing.tasks)), key=lambda row: indices.get(routing.owners.get(routing.tasks[row], ""), len(indices))
     )
     tasks, weights = [routing.tasks[row] for row in order], [routing.weights[row] for row in order]

@@ -109,7 +109,7 @@ def map_routing(
     labels = list((router.config.id2label or {}).values())
     writes = router.config.head == "causal-lm"
     can_skip = "logits_to_keep" in inspect.signature(router.backbone.forward).parameters
-    unread = {"logits_to_keep": 1, "use_cache": False} if can_skip else {}  # nobody looks at the logits
+    unread = {"logits_to_keep": 1, "use_cache": False} if can_skip else {}  # the logits are not used
     before, router.record_routing = router.record_routing, sys.maxsize
     weights = []
     try:

@@ -1,4 +1,4 @@
-"""Recipes as files, whoever wrote them: ours, mergekit's and mergekit-moe's."""
+"""Reads recipe files in three formats: this package's, mergekit's and mergekit-moe's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells of a made-up run, for what reads cells: scores from a formula, so that a test can say what must come out."""
+"""Synthetic benchmark cells with scores from a formula, so that tests know the expected tables."""
 
 from __future__ import annotations
 

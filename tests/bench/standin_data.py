@@ -1,4 +1,4 @@
-"""Rows of chance for what the Hub suites name: columns, classes, splits and their types are the real ones."""
+"""Random rows with the real columns, classes, splits and types of the datasets that the Hub suites name."""
 
 from __future__ import annotations
 

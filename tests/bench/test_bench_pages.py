@@ -98,7 +98,7 @@ def test_report_is_deterministic(tmp_path):
 
 
 def test_the_readmes_block_is_what_the_committed_cells_say(tmp_path):
-    """Of the committed cells, in folder results, as soon as there are any; of made ones the function is shown to."""
+    """First with synthetic cells, then with the committed ones in the folder results."""
     write_lines(tmp_path / "made.jsonl", made_cells(tasks=2, seeds=1))
     block = readme_block(read_cells(tmp_path))
     assert block.startswith("| method | made | made, tuned |\n")

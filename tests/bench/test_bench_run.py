@@ -462,7 +462,7 @@ def test_named_experts_and_pickles_on_demand(fine_tunes, tmp_path, capsys):
 
 
 def test_peak_memory_excludes_what_was_freed_before():
-    """Of what was freed before, nothing counts; half a gigabyte is seen."""
+    """Memory that was freed before is not counted; half a gigabyte is."""
     big = torch.ones(2**27)
     forget_peak(on_gpu=False)
     before = peak_bytes(on_gpu=False)

@@ -1,4 +1,4 @@
-"""Suites of tiny models, which the benchmark's runner is tested with."""
+"""Suites of tiny models for tests of the benchmark's runner."""
 
 from __future__ import annotations
 

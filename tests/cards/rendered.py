@@ -1,4 +1,4 @@
-"""What a card becomes on a page, and values that try to break out of it."""
+"""Renders cards to HTML as the Hub does, and lists values that try to inject markup."""
 
 from html.parser import HTMLParser
 

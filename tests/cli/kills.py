@@ -1,4 +1,4 @@
-"""Commands that are killed: what runs in the processes that `test_kills` starts and ends."""
+"""Commands that `test_kills` runs in processes and kills."""
 
 from __future__ import annotations
 

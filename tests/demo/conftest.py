@@ -1,4 +1,4 @@
-"""Demos run once for all tests of a file, which says which: ``DEMO = ("phatgoose",)``."""
+"""Demos that run once per test file, which names them: ``DEMO = ("phatgoose",)``."""
 
 from __future__ import annotations
 

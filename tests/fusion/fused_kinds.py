@@ -1,4 +1,4 @@
-"""A tiny fused model of each kind as a folder, with inputs for it: what loaders are tried on."""
+"""A tiny fused model of each kind, saved to a folder, with inputs for it."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_mixed_gates_are_recorded_and_reproduced(folders):
 
 @pytest.mark.parametrize("misfit", ["shapes", "targets"])
 def test_an_adapter_that_does_not_fit_is_named_before_its_base_is_loaded(folders, misfit):
-    """The base's weights are NaN, but nobody has seen them yet."""
+    """The base's weights are NaN, but have not been loaded yet."""
     options, harm, message = MISFITS[misfit]
     save_lora(folders / "bad", str(folders / "base"), **options)
     harm(folders / "bad")

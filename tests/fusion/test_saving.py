@@ -82,7 +82,7 @@ def test_every_saving_method_writes_the_recipe(kind, way, models, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recipe_survives_loading_and_saving(kind, models, folders, tmp_path):
-    """Also where nobody knows of hf_fusion: the config has it, without the paths of the folders."""
+    """Also without hf_fusion: the config has the recipe, without local paths."""
     models[kind].save_pretrained(tmp_path / "fused")
     load_fused(tmp_path / "fused")[0].save_pretrained(tmp_path / "again")
     assert Recipe.load(tmp_path / "again") == models[kind].fusion_recipe
@@ -115,7 +115,7 @@ def test_recipe_of_an_old_folder_is_read_from_its_config(kind, models, tmp_path)
 
 
 def test_the_recipe_of_a_config_makes_the_same_model(folders, tmp_path):
-    """Labels, maps and all: what nobody wrote down is read off the model."""
+    """Also labels and label maps that no recipe records: they are read from the model."""
     maps = {"bert-0": {"no": "bad", "yes": "good", "maybe": None}, "bert-1": {"no": "bad", "yes": "good"}}
     paths = [folders / "bert-0", folders / "bert-1"]
     model = FoEModel.from_experts(paths, label_maps=maps, labels=["good", "bad", "maybe"], fuser_hidden=[8])
@@ -168,7 +168,7 @@ for kind in KINDS:
 
 
 def test_pushed_config_has_the_recipe_without_local_paths(hub, folders, fresh_python, tmp_path):
-    """By transformers' own ways, and saved again by somebody whose model runs the code of the repo."""
+    """By transformers' `push_to_hub`, and saved again by a model that runs the repo's code."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     fresh_python(PUSHES.format(paths=paths, place=str(folders)), hub, hub.token("me"))
     from huggingface_hub import HfApi

@@ -83,7 +83,7 @@ def test_base_and_its_revision(judge, owner, tmp_path):
     assert set(judge(adapter, base_model=f"{owner.name}/base", base_revision="b" * 40)) == {ReasonKind.BASE_REVISION}
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="/home/someone/base")
     assert judge(adapter) == {ReasonKind.BASE: "records '/home/someone/base' as its base"}
-    assert judge(adapter, base_model=f"{owner.name}/base") == {}  # which nobody else has: the shapes tell
+    assert judge(adapter, base_model=f"{owner.name}/base") == {}  # recorded by no adapter: the shapes are compared
     wide = save_bert(tmp_path / "wide", auto=AutoModel, config=BertConfig(**{**BERT.to_dict(), "hidden_size": 32}))
     owner.push("wide", wide)
     assert "query is 32→32 in the base" in judge(adapter, base_model=f"{owner.name}/wide")[ReasonKind.SHAPES]

@@ -66,7 +66,7 @@ FEW = ("bert", "llama", "gpt_neo", "swin")  # tables, lists, patterns of layers,
 
 
 def hostile_configs(types, count, seed=0):
-    """Configurations that promise what nobody has: named ones of these types, then others drawn at random."""
+    """Oversized configurations: selected ones of these types, then random ones."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for model_type in types:

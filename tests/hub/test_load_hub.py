@@ -123,7 +123,7 @@ def test_pickles_stay_on_the_hub(hub, owner, tmp_path):
 
 
 def test_local_base_path_of_a_hub_adapter_is_not_opened(owner, tmp_path):
-    """A path recorded by somebody else must not make this machine read a folder of its own."""
+    """A local path that an adapter on the Hub records must not be read on this machine."""
     base = save_bert(tmp_path / "base", auto=AutoModel)
     save_adapter(tmp_path / "irony", base)
     owner.push("irony", tmp_path / "irony")
@@ -191,7 +191,7 @@ def test_one_progress_bar(hub, owner, tmp_path):
 
 @pytest.mark.slow
 def test_killed_download_resumes(hub, owner, tmp_path):
-    """What arrived in full is not fetched again. (Within a file the client itself starts anew.)"""
+    """Complete files are not downloaded again. (The client restarts incomplete ones.)"""
     big = BertConfig(**{**BERT.to_dict(), "vocab_size": 200_000, "hidden_size": 64})
     names = [f"{owner.name}/big-{number}" for number in range(12)]
     for name in names:

@@ -27,7 +27,7 @@ BIN_INDEX, BIN_SHARD = "pytorch_model.bin.index.json", "pytorch_model-00001-of-0
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A BERT, two fine-tunes and an adapter; a Llama and two adapters; somebody's secret."""
+    """A BERT, two fine-tunes and an adapter; a Llama and two adapters; a secret file."""
     place = tmp_path_factory.mktemp("experts")
     for seed, name in enumerate(("base", "one", "two", "secret")):
         save_bert(place / name, seed, card="license: mit")

@@ -1,4 +1,4 @@
-"""A merging method run on tensors in memory, through the same readers, parameters and chunks as on files."""
+"""Runs a merging method on tensors in memory, through the readers, parameters and chunks that files use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models as files, made byte by byte where libraries would refuse to."""
+"""Small models as files, written byte by byte where libraries would refuse to."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_copies_have_separate_calls_that_end_with_them():
     key = ref(calls)
     del calls, holder, copied, own
     gc.collect()
-    Calls().keep(None)  # whoever comes next clears up
+    Calls().keep(None)  # the next call clears it
     assert key() is None
     assert kept() is None
     assert _SCOPE.get() is None

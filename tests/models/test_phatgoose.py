@@ -323,7 +323,7 @@ def test_trace_of_a_generation():
     assert weights.shape == (2, tokens.shape[1] - 1, 4)  # the last token was never read
     sums = weights.sum(-1)
     assert torch.allclose(sums[0], torch.ones(9), atol=1e-5)
-    assert float(sums[1, 5]) == 0  # padding meets nobody
+    assert float(sums[1, 5]) == 0  # padding is routed to no expert
     assert sum(trace.usage().values()) == pytest.approx(1)
     assert set(trace.to_dict()["modules"]) == set(trace.modules)
     router.record_routing = 12  # 2 rows x 6 tokens: the prompt alone fills it

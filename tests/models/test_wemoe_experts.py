@@ -152,7 +152,7 @@ def apart(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
 
 
 def test_routers_begin_at_task_arithmetic():
-    """Paper, section 3.2: weights N(0, 0.01²), last biases λ, all others 0; the same anew for the same experts."""
+    """Paper, section 3.2: weights N(0, 0.01²), last biases λ, all others 0; reproducible for the same experts."""
     base = bert_base()
     experts = experts_of(base)
     model, again = (WEMoEModel.from_experts(experts, base_expert(base), scaling=0.25) for _ in range(2))

@@ -63,7 +63,7 @@ def recorded(model: WEMoEModel) -> list[torch.Tensor]:
 
 
 def gradients(model: WEMoEModel, inputs: list[dict[str, Any]], **more: Any) -> list[torch.Tensor]:
-    """Of the routers, from two forwards before one backward pass, which another thread makes."""
+    """Gradients of the routers from two forward passes and one backward pass in another thread."""
     losses = [first(model(**each, **more)).square().sum() for each in inputs]
     routers = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ThreadPoolExecutor(1) as pool:

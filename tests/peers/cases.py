@@ -1,4 +1,4 @@
-"""What is compared: a method of ours, the peer's call that should do the same, and how exactly it does.
+"""Cases for comparison: our method, the equivalent call of another library, and the tolerance.
 
 mergekit is given a recipe; ours reads the same recipe, unchanged. fusion_bench is given an algorithm with its arguments
 (or, where that needs data of its own, the function that merges); ours the parameters that reproduce its conventions.

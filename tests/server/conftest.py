@@ -1,4 +1,4 @@
-"""Users of the Hub: each test gets names nobody else uses."""
+"""Users of the Hub, with unique names for each test."""
 
 from __future__ import annotations
 

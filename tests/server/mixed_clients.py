@@ -1,4 +1,4 @@
-"""Clients that do what people do, all at once: push, delete, branch, list, download, resume; in processes and threads.
+"""Concurrent clients that push, delete, branch, list, download and resume, in processes and threads.
 
 Each has a repo that is its own and a folder of the repo that all share, so that it knows at every moment what must be
 there: what was acknowledged, and nothing else.

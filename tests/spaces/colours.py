@@ -1,4 +1,4 @@
-"""The colours of the Spaces' style sheets, and how eyes tell them apart."""
+"""The colours of the Spaces' style sheets, and how distinguishable they are, also with colour blindness."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spaces as they are deployed: a folder copied alone, in a process of its own that cannot import hf_fusion."""
+"""Spaces as deployed: a copied folder, in a separate process that cannot import hf_fusion."""
 
 from __future__ import annotations
 

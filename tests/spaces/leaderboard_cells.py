@@ -1,4 +1,4 @@
-"""Cells of a benchmark as its runner leaves them: tuned variants, seeds, corruptions, splits, failures."""
+"""Benchmark cells as the runner writes them: tuned variants, seeds, corruptions, splits, failures."""
 
 from __future__ import annotations
 

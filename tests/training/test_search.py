@@ -149,7 +149,7 @@ def accuracy(model, rows=ROWS):
 
 
 def slow_soup(models):
-    """The paper's recipe 1 in plain words: averages of whole lists, anew for each candidate."""
+    """The paper's recipe 1 as a plain loop, which averages the whole list for each candidate."""
     order = sorted(range(len(models)), key=lambda i: -accuracy(models[i]))
     mixed, chosen, best = copy.deepcopy(models[0]), [], -1.0
     for index in order:

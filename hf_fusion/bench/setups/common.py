@@ -148,13 +148,13 @@ def unchanged(found: Predictions) -> Predictions:
 
 
 def _attention(query: Shape, key: Shape, value: Shape, /, *_: object, **__: object) -> int:
-    """Of the shapes (B, H, T, d): QKᵀ and its product with V."""
+    """Operations of attention on shapes (B, H, T, d): QKᵀ and its product with V."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
 def _added(into: Shape, left: Shape, right: Shape, /, *_: object, **__: object) -> int:
-    """Of the shapes (…, m, k) and (…, k, n)."""
+    """Operations of a product of shapes (…, m, k) and (…, k, n)."""
     return 2 * math.prod(left) * right[-1]
 
 

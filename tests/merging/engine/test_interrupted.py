@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(folders):
-    """Of a method that draws at random."""
+    """A recipe with a stochastic method."""
     path = folders[0].parent / "recipe.yaml"
     recipe_of(folders, "dare_ties", seed=3).save(path)
     return path

@@ -287,7 +287,7 @@ def test_gram_of_texts_and_images():
 
 
 def test_gram_matrices_are_summed_in_double_precision():
-    """Of the very inputs that the model computes in float32, all products are as exact as they are stored."""
+    """Products of the inputs that the model computes in float32 are exact up to the rounding of the result."""
     model, seen = bert(ABC), []
     path = "bert.encoder.layer.1.output.dense"
     handle = model.get_submodule(path).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()[0].double()))

@@ -203,7 +203,7 @@ def test_arcee_fusion_of_the_base_is_the_base():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_non_finite_states_are_refused(value):
-    """In memory as in files, whoever holds it is named."""
+    """The expert is named, as for files."""
     states = [{"w": V.clone()} for _ in range(3)]
     states[2]["w"][0, 1] = value
     for method in ("linear", "ties", "magnitude", "breadcrumbs", "dare_ties", "della", "sce", "model_stock"):
