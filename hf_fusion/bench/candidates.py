@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
 
 @dataclass
 class Candidate:
-    """A fused model, as it is measured.
+    """A fused model to measure.
 
     Attributes:
         prepare: (task, corruption or "clean", "test" or "fit") → what predicts for these rows.

@@ -98,7 +98,7 @@ class Cell:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Cell:
-        """From what JSON holds.
+        """Makes a cell from the content of JSON.
 
         Raises:
             FusionError: a key is unknown or missing.

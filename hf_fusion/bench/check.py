@@ -92,7 +92,7 @@ def _checked(key: tuple[str, str], suite: Suite, data_dir: str | Path | None, ap
 
 
 def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
-    """The commit that an id stands for, and whether it names it; the files must be readable."""
+    """The commit of an id, and whether the id names a commit; the files must be readable."""
     ref = repo_ref(source)
     repo, revision = ref.repo, ref.revision
     with explain_hub_errors(repo):

@@ -40,7 +40,7 @@ def shown_rows(suite: SuiteSummary) -> list[MethodSummary]:
 
 
 def chosen_rows(suite: SuiteSummary, rows: Sequence[MethodSummary]) -> list[MethodSummary]:
-    """Few that stand for all: a floor, a ceiling, the best of each family, then the next best, `MOST`; best first."""
+    """Rows, best first: a floor, a ceiling, the best of each family, then the next best, at most `MOST`."""
     ranked = sorted(rows, key=lambda row: _rank(suite, row))
     ends = [row for part in (FLOOR, CEILING) for row in [row for row in ranked if row["part"] == part][:1]]
     fused = [row for row in ranked if row["part"] == FUSED]
@@ -362,7 +362,7 @@ def _looks(suite: SuiteSummary) -> dict[str, dict[str, Any]]:
 
 
 def _columns(points: list[Any], factor: float) -> list[list[Any]]:
-    """Points by cost whose labels stand above each other: a new column begins where labels of the last have ended."""
+    """Groups of points by cost with labels above each other: a new group begins where labels of the last have ended."""
     columns: list[list[Any]] = []
     for point in sorted(points, key=lambda point: point[1]):
         if columns and point[1] < columns[-1][-1][1] * factor:

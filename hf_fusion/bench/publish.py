@@ -108,7 +108,7 @@ class ResultsPlan:
 
 @dataclass(frozen=True)
 class PublishedResults:
-    """Where results lie now: the data set at a commit, and model → commit of each card."""
+    """The published results: the data set at a commit, and model → commit of each card."""
 
     repo_id: str
     sha: str

@@ -19,7 +19,7 @@ INDIVIDUAL = "individual"
 EXPERT, SINGLE = "expert:", "expert"
 """How the method of a single expert begins, and its family."""
 FLOOR, FUSED, CEILING = PARTS = ("floor", "fused", "ceiling")
-"""Families of what needs no fusion, at both ends of a table, and what lies between them."""
+"""Families of methods without fusion, at both ends of a table, and those between them."""
 HEADINGS = {FLOOR: "Floors", CEILING: "Ceilings"}
 
 
@@ -243,7 +243,7 @@ class _Known:
         return "ceiling" if family == CEILING else "fused"
 
     def section(self, method: str, family: str) -> str:
-        """The heading that a method stands under."""
+        """The heading of a method's section."""
         return str(self.families.get(family) or HEADINGS.get(self.part(method, family)) or family)
 
     def place(self, row: MethodSummary, tasks: list[str]) -> tuple[Any, ...]:

@@ -68,7 +68,7 @@ def run_suite(
     command: str = "",
     tell: Callable[[str], None] = logger.info,
 ) -> list[Cell]:
-    """Measures methods on the tasks of a suite. What the output folder holds already is not measured again.
+    """Measures methods on the tasks of a suite. Cells that the output folder contains already are not measured again.
 
     Each model is fused once (and once more with parameters tuned on rows that neither trained an expert nor are
     tested), and predicts all of them. A method that fails leaves cells with the reason, and the others go on. Under
@@ -165,7 +165,7 @@ class _Runner:
     # ---------------------------------------------------------------- which cells
 
     def cells(self, job: Job) -> Iterator[Cell]:
-        """All cells of a job, without scores; of single experts those of the first one stand for all."""
+        """All cells of a job, without scores; those of the first single expert represent all single experts."""
         row = METHODS[job.method]
         names = [f"expert:{name}" for name in job.holdout.fuse] if job.method == "experts" else [job.method]
         for name in names:

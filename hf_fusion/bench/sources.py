@@ -22,7 +22,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def expert_path(source: str, build: str | None = None) -> str | Path:
-    """Where a base or an expert lies: a folder that is there, or an id on the Hub as it is.
+    """The location of a base or an expert: an existing folder, or an id on the Hub, unchanged.
 
     Args:
         source: see the module.

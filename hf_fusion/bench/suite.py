@@ -62,7 +62,7 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def _class_names(value: object, where: KeyPath) -> Any:
-    """The lines of the file that a text names; a list as it is."""
+    """The lines of the file that a string names; a list is returned unchanged."""
     if not isinstance(value, str):
         return value
     file = _beside(Path(where.file), value)
@@ -175,7 +175,7 @@ class Holdout:
 
 @dataclass(frozen=True, kw_only=True)
 class _Facts:
-    """What a suite has from its file as it is; see `Suite`."""
+    """The fields that a suite takes from its file unchanged; see `Suite`."""
 
     title: Text
     kind: Annotated[str, OneOf(KINDS)]
@@ -217,7 +217,7 @@ class Suite(_Facts):
 
     @property
     def is_local(self) -> bool:
-        """Whether nothing comes from the Hub: models and rows lie on this machine, or can be made here."""
+        """Whether nothing comes from the Hub: models and rows are on this machine, or can be made here."""
         models = filter(None, (self.base, self.multitask, *self.experts.values()))
         return not any(map(is_hub_id, [*models, *(task.data for task in self.tasks.values())]))
 
@@ -275,7 +275,7 @@ def holdouts_named(suite: Suite, words: Sequence[str]) -> list[Holdout]:
 
 @dataclass(frozen=True, kw_only=True)
 class _File(_Facts):
-    """What a suite's file holds; see `Suite`."""
+    """The content of a suite's file; see `Suite`."""
 
     tasks: Annotated[dict[Text, Any], Expected("names of tasks, each with its keys", bool)]
     experts: Annotated[Text | dict[Text, Text], Expected("a source with {task} in it, or names and sources")] = field(
@@ -379,7 +379,7 @@ def _numbered(pool: str | dict[str, str], where: KeyPath) -> str | dict[str, str
 
 
 def _checked(task: Task, where: KeyPath) -> Task:
-    """A task whose keys go together, with its name where ``{task}`` stands."""
+    """A task whose keys are consistent, with its name in place of ``{task}``."""
     if bool(task.words) + bool(task.target) != bool(task.prompt):
         raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
     if task.metric == "ranked" and not (task.words or task.choices):
@@ -396,7 +396,7 @@ def _checked(task: Task, where: KeyPath) -> Task:
 
 
 def _names(template: str, where: KeyPath) -> list[str]:
-    """What stands in braces."""
+    """The names in braces."""
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:

@@ -97,7 +97,7 @@ def _first_word(entry: TableEntry) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A table as Markdown of GitHub's kind: headings of sections are rows, the best is bold, notes stand below."""
+    """A table as GitHub's Markdown: headings of sections are rows, the best is bold, notes are below."""
     notes = {note: number for number, note in enumerate(table.notes, 1)}
 
     def shown(entry: TableEntry) -> str:
@@ -122,7 +122,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """A table as CSV: values as they are, an interval in two columns behind its own, the notes in the last column."""
+    """A table as CSV: values unrounded, the ends of intervals in two further columns, notes in the last column."""
     rows = [(section.title, row) for section in table.sections for row in section.rows]
     ranged = {index for _, row in rows for index, entry in enumerate(row) if entry.ci95}
     written = io.StringIO()

@@ -19,7 +19,7 @@ TEXTS_AT_ONCE = 256
 
 
 class ClassTexts(nn.Module):
-    """In the place of CLIP's text tower: the features of classes, which are asked for by number.
+    """Replaces CLIP's text tower by precomputed features of classes, selected by index.
 
     Args:
         features: (N, d) of all classes of all tasks.

@@ -217,7 +217,7 @@ def _compare_with_fresh_process(workspace: Workspace, model: FoEModel, repo: str
 
 
 def _show_next(workspace: Workspace, fused: Path, out: Out) -> None:
-    """Where things lie, and commands that work as they stand."""
+    """Prints the folders, and commands to try."""
     repo, data, asked = (
         workspace.repo(NAME),
         relative_path(workspace.folder / "data"),

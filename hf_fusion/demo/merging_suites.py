@@ -1,4 +1,4 @@
-"""Suites of full fine-tunes of one base: what `examples/train_experts.py` trains, and where that lies.
+"""Suites of full fine-tunes of one base, which `examples/train_experts.py` trains, and their folders.
 
 Files in `hf_fusion/bench/suites` tell what they are made of, `hf_fusion.bench.rows` which rows are whose.
 """

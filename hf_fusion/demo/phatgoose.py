@@ -295,7 +295,7 @@ def _answer_table(model: PhatgooseForGeneration) -> list[dict[str, Any]]:
 
 
 def _show_next(workspace: Workspace, fused: Path, out: Out) -> None:
-    """Where things lie, and commands that work as they stand."""
+    """Prints the folders, and commands to try."""
     repo, questions = workspace.repo(NAME), relative_path(workspace.folder / "questions")
     files = {
         relative_path(fused): "the experts with their gates, the recipe, results.json and routing.png",

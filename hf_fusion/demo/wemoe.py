@@ -263,7 +263,7 @@ def _compare_with_fresh_process(workspace: Workspace, model: WEMoEModel, repo: s
 
 
 def _show_next(workspace: Workspace, merged: Path, out: Out) -> None:
-    """Where things lie, and commands that work as they stand."""
+    """Prints the folders, and commands to try."""
     repo, pictures = workspace.repo(NAME), relative_path(workspace.folder / "pictures")
     picture = relative_path(workspace.folder / "asked" / "turned-0.png")
     task = workspace.repo(FINE_TUNES["turned"])

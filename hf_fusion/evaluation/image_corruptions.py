@@ -150,7 +150,7 @@ def _distance(marked: NDArray[np.bool_], limit: int) -> Pixels:
 
 
 def _equalized(x: Pixels) -> Pixels:
-    """Whole levels spread over 0..255 so that each range of them holds as many pixels."""
+    """Equalises the histogram: levels 0..255, with the same number of pixels in each range."""
     levels, indices, counts = np.unique(x.astype(int), return_inverse=True, return_counts=True)
     above = counts.cumsum() - counts[0]  # of the levels over the lowest
     equalized: Pixels = 255 * above / max(above[-1], 1)

@@ -195,7 +195,7 @@ def _saved(figure: Figure, path: str | Path) -> Path:
 
 
 def _stack(layer: str) -> str:
-    """What stands before a layer's number: "encoder.block"."""
+    """The part of a layer's name before its number: "encoder.block"."""
     return re.split(r"\.\d+", layer)[0]
 
 
@@ -261,7 +261,7 @@ def _label(axes: Axes, predictors: list[PredictorScores], share: bool) -> None:
 
 
 def _columns(predictors: list[PredictorScores]) -> list[list[PredictorScores]]:
-    """Predictors whose labels stand above each other, lowest first: those of similar cost."""
+    """Groups of predictors of similar cost, whose labels are above each other, lowest first."""
     columns: list[list[PredictorScores]] = []
     for predictor in sorted(predictors, key=_cost):
         if columns and _cost(predictor) - _cost(columns[-1][0]) < 0.2:

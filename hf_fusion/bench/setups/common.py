@@ -143,7 +143,7 @@ def on_device(inputs: Mapping[str, Any], device: str | torch.device) -> dict[str
 
 
 def unchanged(found: Predictions) -> Predictions:
-    """Predictions as they are: one for each row that is scored."""
+    """Predictions, unchanged: one for each row that is scored."""
     return found
 
 
