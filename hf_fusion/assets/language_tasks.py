@@ -178,7 +178,7 @@ def conversations(suite: Mapping[str, Dataset]) -> dict[str, Dataset]:
     The first question comes with its right answer; it is of each of the other tasks in turn.
 
     Args:
-        suite: task → its rows, as `rows` gives them; at least two tasks.
+        suite: task → its rows, as `rows` returns them; at least two tasks.
 
     Returns:
         Task → as many rows, with a column ``first``, the task of the first question.
@@ -186,9 +186,9 @@ def conversations(suite: Mapping[str, Dataset]) -> dict[str, Dataset]:
     from datasets import Dataset
 
     chats = {}
-    for task, own in suite.items():
+    for task, task_rows in suite.items():
         others = [name for name in suite if name != task]
-        chats[task] = Dataset.from_list([_chat(row, index, others, suite) for index, row in enumerate(own)])
+        chats[task] = Dataset.from_list([_chat(row, index, others, suite) for index, row in enumerate(task_rows)])
     return chats
 
 
@@ -257,7 +257,7 @@ def _attributes(item: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _restaurant(attribute: str) -> StoredRows:
-    """A text about a restaurant, and one attribute that it tells."""
+    """A text about a restaurant, and one attribute that it mentions."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
         value = _attributes(item).get(attribute)

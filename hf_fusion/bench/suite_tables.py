@@ -200,8 +200,8 @@ def overview_table(summary: BenchSummary) -> Table:
     ordered = sorted(rows.values(), key=lambda row: PARTS.index(row["part"]))
     caption = (
         "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model. AdaMerging, Concrete and "
-        "WEMoE learn from the answers of their experts to unlabelled rows, and from the entropy of their own answers "
-        "where that is said."
+        "WEMoE learn from their experts' predictions on unlabelled rows, or, where the row says so, from the entropy "
+        "of their own predictions."
     )
     if any(variant != "default" for there in by_column.values() for _, variant in there):
         caption += " Tuned: on the validation splits; – without a note: nothing to tune."

@@ -34,9 +34,9 @@ def _plain(value: object, depth: int, left: list[int]) -> Any:
     if isinstance(value, str):
         return text(value)
     if isinstance(value, dict):
-        return {text(str(key)): _plain(own, depth - 1, left) for key, own in value.items() if left[0] > 0}
+        return {text(str(key)): _plain(item, depth - 1, left) for key, item in value.items() if left[0] > 0}
     if isinstance(value, (list, tuple)):
-        return [_plain(own, depth - 1, left) for own in value if left[0] > 0]
+        return [_plain(item, depth - 1, left) for item in value if left[0] > 0]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bool) or value is None:

@@ -139,11 +139,11 @@ def fit_fuser(
     assert targets is not None  # the column was checked above
     regression = model.config.problem_type == "regression" and not selection
     set_seed(seed)
-    own = cast("Fuser", model.fuser)  # a `FixedFuser` learns nothing
-    fuser = type(own)(
+    current = cast("Fuser", model.fuser)  # not a `FixedFuser`, which has no parameters
+    fuser = type(current)(
         collected.features.shape[1],
         model.config.fuser_hidden,
-        own.output.out_features,
+        current.output.out_features,
         model.config.fuser_dropout,
     )
     loss, train_rows, held_rows = train_fuser(

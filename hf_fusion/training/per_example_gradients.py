@@ -212,11 +212,11 @@ ADD_SQUARES: dict[type, Callable[..., None]] = {
 
 def _find_modules(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
     """Path -> module with parameters; empty if one has an unsupported type, or if parameters are shared."""
-    found = {path: own for path, own in model.named_modules() if list(own.named_parameters(recurse=False))}
-    names = [f"{path}.{name}" for path, own in found.items() for name, _ in own.named_parameters(recurse=False)]
+    modules = {path: module for path, module in model.named_modules() if list(module.named_parameters(recurse=False))}
+    names = [f"{path}.{name}" for path, module in modules.items() for name, _ in module.named_parameters(recurse=False)]
     tied = len(list(model.named_parameters(remove_duplicate=False))) != len(names)
-    supported = all(type(own) in ADD_SQUARES for own in found.values()) and set(names) == set(tensors) and not tied
-    return found if supported else {}
+    has_types = all(type(module) in ADD_SQUARES for module in modules.values())
+    return modules if has_types and set(names) == set(tensors) and not tied else {}
 
 
 def _batches_agree(
