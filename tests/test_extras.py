@@ -163,7 +163,7 @@ def test_checking_experts_blames_none_for_a_library_that_is_missing(hub, tmp_pat
 
 
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
-def test_a_tokenizer_of_sentencepiece_names_what_it_needs(tmp_path):
+def test_sentencepiece_tokenizer_names_missing_libraries(tmp_path):
     bert(["a", "b"]).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")

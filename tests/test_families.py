@@ -57,7 +57,7 @@ def test_family_classes_match_the_registry(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_one_of_its_family_and_takes_what_its_row_says(name):
+def test_method_has_the_family_and_options_of_its_row(name):
     method, family = METHODS[name], family_of(name)
     assert family.name == method.family and family.methods[name] is method
     known = inspect.signature(method.bound()).parameters

@@ -34,7 +34,7 @@ def texts() -> dict[str, str]:
     return rendered()
 
 
-def test_every_document_says_what_was_measured(texts):
+def test_documents_equal_the_rendered_measurements(texts):
     assert {README, LIST, "model_cards/foe.md", "model_cards/phatgoose.md", "model_cards/wemoe.md"} <= texts.keys()
     for name, text in texts.items():
         assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} is not what make numbers-render writes"
@@ -74,7 +74,7 @@ def test_every_measured_figure_of_the_readme_has_a_source(texts):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_names_its_files_and_what_measures_them(name):
+def test_source_names_its_files_and_commands(name):
     source = SOURCES[name]
     assert all((ROOT / file).exists() for file in source.files)
     for command in source.commands:

@@ -52,7 +52,7 @@ def test_every_public_name_is_documented(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_public_function_says_what_it_takes_and_raises(name):
+def test_public_function_documents_arguments_and_errors(name):
     function = getattr(hf_fusion, name)
     text = inspect.getdoc(function) or ""
     assert "Args:" in text and "Raises:" in text

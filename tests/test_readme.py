@@ -104,7 +104,7 @@ def test_the_blocks_of_phatgoose_make_a_router_of_adapters_on_the_hub(hub, tmp_p
 
 
 @pytest.mark.slow
-def test_the_router_of_the_demos_experts_prints_what_is_shown(tmp_path):
+def test_router_of_the_demo_experts_prints_its_documented_output(tmp_path):
     """The block as it stands, in a folder where me/router is that router."""
     shown = blocks(README, "text")[0].splitlines()
     names = [name.rpartition("/")[2] for name in ast.literal_eval(shown[1])]
@@ -142,7 +142,7 @@ def test_the_blocks_of_wemoe_make_a_model_of_fine_tunes_on_the_hub(hub, tmp_path
 
 
 @pytest.mark.process
-def test_the_first_example_prints_what_it_says(fused):
+def test_first_example_prints_its_documented_output(fused):
     said, shown = fused[1].splitlines(), expected("01_fuse.py")
     assert [line.split("  ")[0] for line in said] == [line.split("  ")[0] for line in shown]
     for line, wanted in zip(said, shown, strict=True):
@@ -151,14 +151,14 @@ def test_the_first_example_prints_what_it_says(fused):
 
 
 @pytest.mark.slow
-def test_the_second_example_prints_what_it_says(folder):
+def test_second_example_prints_its_documented_output(folder):
     assert [line.strip() for line in python(ROOT / "examples" / "02_discover.py", cwd=folder).splitlines()] == expected(
         "02_discover.py"
     )
 
 
 @pytest.mark.slow
-def test_the_third_example_prints_what_it_says(fused, folder):
+def test_third_example_prints_its_documented_output(fused, folder):
     said = python(ROOT / "examples" / "03_use.py", fused[0], cwd=folder).splitlines()
     assert [line.rpartition(" asked ")[0].split() for line in said] == [
         line.rpartition(" asked ")[0].split() for line in expected("03_use.py")

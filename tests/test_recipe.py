@@ -27,7 +27,7 @@ def write(folder, text):
     return path
 
 
-def test_reads_what_the_design_shows(tmp_path):
+def test_example_recipe_is_read(tmp_path):
     text = TEXT.replace(f"- owner/expert-a@{SHA}\n", f"- {{model: owner/expert-a@{SHA}, weight: 0.25}}\n")
     recipe = Recipe.load(write(tmp_path, text))
     assert recipe == Recipe(

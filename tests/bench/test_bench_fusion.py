@@ -69,7 +69,7 @@ def test_every_fusion_method_has_a_cell_per_task(fused):
     assert 0 < cells["foe_frugal", "default", "mood", "clean"].parameters["asked"] <= 1
 
 
-def test_ensembles_score_what_they_score_by_hand(fine_tunes, fused):
+def test_ensemble_scores_equal_those_computed_by_hand(fine_tunes, fused):
     _, cells = fused
     experts = load_experts([fine_tunes / task for task in CLASSES])
     union = [label for classes in CLASSES.values() for label in classes]

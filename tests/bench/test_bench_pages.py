@@ -97,7 +97,7 @@ def test_report_is_deterministic(tmp_path):
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
 
 
-def test_the_readmes_block_is_what_the_committed_cells_say(tmp_path):
+def test_readme_block_equals_the_committed_cells(tmp_path):
     """First with synthetic cells, then with the committed ones in the folder results."""
     write_lines(tmp_path / "made.jsonl", made_cells(tasks=2, seeds=1))
     block = readme_block(read_cells(tmp_path))

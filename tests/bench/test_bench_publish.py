@@ -67,7 +67,7 @@ def commits(api: HfApi, repo: str, kind: str = "dataset") -> list[str]:
     return [commit.title for commit in api.list_repo_commits(repo, repo_type=kind)]
 
 
-def test_the_command_publishes_what_load_dataset_reads(hub, api, me, cells, fresh_python, tmp_path):
+def test_command_publishes_a_dataset_that_loads(hub, api, me, cells, fresh_python, tmp_path):
     write_lines(tmp_path / "cells.jsonl", cells)
     words = ["bench", "publish", str(tmp_path / "cells.jsonl"), f"{me}/results"]
     out = fresh_python(

@@ -201,7 +201,7 @@ def test_rows_are_ordered_by_family_with_variants_adjacent():
     assert headings[-2:] == ["alien", "Ceilings"]
 
 
-def test_the_best_and_what_reads_the_same_are_marked_but_no_floor_or_ceiling():
+def test_best_and_equal_entries_are_marked_except_floors_and_ceilings():
     cells = [
         cell("individual", "a", 0.9),
         cell("ties", "a", 0.70004),
@@ -227,7 +227,7 @@ def test_costs_of_one_model_are_shown():
     assert line_of(text, "TIES") == f"| TIES | {parameters} | 7.0 | 5.0 | 22.0 | 11.0 | 5.0 | 1.50 |"
 
 
-def test_the_overview_has_a_column_for_each_suite_and_one_for_what_was_tuned():
+def test_overview_has_a_column_per_suite_and_one_for_tuned_rows():
     cells = [
         cell("ties", "a", 0.7, suite="one"),
         cell("ties", "a", 0.75, suite="one", variant="tuned"),
@@ -277,7 +277,7 @@ def test_csv_has_numbers_with_their_intervals_and_no_formulas():
     assert second == ["*", "'=SUM(A1)", "", "", "", f"{HOSTILE}: {HOSTILE}"]
 
 
-def test_latex_escapes_what_means_something_to_it():
+def test_latex_escapes_special_characters():
     text = to_latex(hostile())
     text.encode("ascii")
     escaped = (

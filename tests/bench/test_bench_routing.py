@@ -270,14 +270,14 @@ def test_router_learns_from_which_experts_answer_correctly(adapters, tmp_path):
     assert cells["foe_selection", "default", "asked", "clean"].status == "measured"
 
 
-def test_routing_goes_on_and_measures_the_same(adapters, routed, tmp_path):
+def test_routing_run_resumes_with_equal_scores(adapters, routed, tmp_path):
     _, cells = routed
     first = measure(adapters, tmp_path, "uniform")  # alone, without what other ways remembered
     assert all(scores(cells)[key] == value for key, value in scores(first).items())
     assert scores(measure(adapters, tmp_path, "uniform")) == scores(first)
 
 
-def test_experts_without_gates_are_routed_by_what_needs_none(adapters, tmp_path):
+def test_experts_without_gates_are_routed_by_gateless_strategies(adapters, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         for file in (adapters / name).iterdir():

@@ -109,7 +109,7 @@ def by_hand(folder: Path, method: str, **parameters) -> dict[str, float]:
     return found
 
 
-def test_a_merge_scores_what_it_scores_by_hand(fine_tunes, merged):
+def test_merge_scores_equal_those_computed_by_hand(fine_tunes, merged):
     _, cells = merged
     for task, value in by_hand(fine_tunes, "linear").items():
         assert cells["average", "default", task, "clean"].score == pytest.approx(value)
@@ -118,7 +118,7 @@ def test_a_merge_scores_what_it_scores_by_hand(fine_tunes, merged):
         assert cells["task_arithmetic", "tuned", task, "clean"].score == pytest.approx(value)
 
 
-def test_experts_score_what_they_score_alone(fine_tunes, merged):
+def test_expert_scores_equal_those_of_single_experts(fine_tunes, merged):
     _, cells = merged
     for task, classes in CLASSES.items():
         [expert] = load_experts([fine_tunes / task])

@@ -45,7 +45,7 @@ FACTS = CardFacts(
 )
 
 
-def test_metadata_is_what_the_hub_indexes():
+def test_metadata_is_valid_for_the_hub():
     data = ModelCard(render_card(FACTS)).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-classification")
     assert data.tags == ["hf-fusion", "merge", "foe"]
@@ -57,7 +57,7 @@ def test_metadata_is_what_the_hub_indexes():
     assert "model-index" not in ModelCard(render_card(replace(FACTS, results=None))).data.to_dict()
 
 
-def test_says_what_was_measured_and_from_what():
+def test_card_shows_measurements_and_experts():
     card = render_card(FACTS)
     assert "| **FoE** | 97.1 % ± 1.0 | 100 % |" in card
     assert "| a/one | 50.0 % ± 3.0 | 25 % |" in card

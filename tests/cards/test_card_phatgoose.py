@@ -28,7 +28,7 @@ def with_options(**options):
     return render_card(replace(FACTS, options={**FACTS.options, **options}))
 
 
-def test_says_what_was_measured_with_intervals():
+def test_card_shows_measurements_with_intervals():
     card = render_card(FACTS)
     router = next(system for system in FACTS.results["systems"] if system["kind"] == "router")
     mean = router["means"]["held-in"]
@@ -70,7 +70,7 @@ def test_says_how_it_works(options, said):
     assert said not in render_card(FACTS)
 
 
-def test_says_where_gates_come_from_and_what_labels_there_are():
+def test_card_shows_gate_kinds_and_labels():
     kinds = ("arrow", "average", "trained")
     experts = tuple(
         replace(expert, gates=kind, labels=("no", "yes")) for expert, kind in zip(FACTS.experts, kinds, strict=False)

@@ -117,7 +117,7 @@ def with_options(**options):
     return render_card(replace(FACTS, options={**FACTS.options, **options}))
 
 
-def test_says_what_it_is_made_of_and_what_was_measured():
+def test_card_shows_experts_and_measurements():
     card = render_card(FACTS)
     assert "| [me/topics](/me/topics) | [2222222](/me/topics/tree/" in card
     assert "| text-classification | apache-2.0 | art, law, sport |" in card

@@ -86,7 +86,7 @@ def test_discover_lists_experts(hf_fusion, hub, shop):
 
 
 @pytest.mark.slow
-def test_from_what_discover_accepts_to_a_published_model(hf_fusion, hub, shop, tmp_path):
+def test_from_discovered_experts_to_a_published_model(hf_fusion, hub, shop, tmp_path):
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token(shop)}
     words = ("discover", "--author", shop, "--check", "--labels", *LABELS, "--format", "quiet")
     ids = hf_fusion(*words, **home).stdout.split()

@@ -173,7 +173,7 @@ def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_merge(hub, folders, tmp_path):
+def test_example_publishes_a_merge_of_hub_fine_tunes(hub, folders, tmp_path):
     api = HfApi(endpoint=hub.endpoint, token=hub.token("blender"))
     for name in ("base", "foxes", "dogs"):
         made_of = "" if name == "base" else "base_model: blender/base\ntags: [hf-fusion-expert]\n"

@@ -68,7 +68,7 @@ def test_recipe_reproduces_the_model(here, folders, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_mistake_is_one_line_and_what_to_type_next(hf_fusion, folders):
+def test_mistake_gives_one_line_and_a_hint(hf_fusion, folders):
     words = ("fuse", "--method", "phatgoose", "--output", "fused", "--experts", str(folders / "foxes"))
     done = hf_fusion(*words, str(folders / "bare"))
     assert done.returncode == 1
@@ -131,7 +131,7 @@ def run(hub, tmp_path: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_examples_lead_from_an_adapter_without_gates_to_a_published_router(hub, kennel, tmp_path):
+def test_examples_publish_a_router_from_adapters_without_gates(hub, kennel, tmp_path):
     rows = [{"prompt": f"the quick fox {i}", "target": "jumps"} for i in range(8)]
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     said = run(hub, tmp_path, str(EXAMPLES / "05_gates.py"), "kennel/bare", "train.parquet")

@@ -104,7 +104,7 @@ def pack(hub, folders, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-def test_the_example_leads_from_fine_tunes_on_the_hub_to_a_published_model(hub, folders, pack, tmp_path):
+def test_example_publishes_a_model_of_hub_fine_tunes(hub, folders, pack, tmp_path):
     rows = Dataset.from_parquet(str(folders / "rows" / "test.parquet"))
     rows = rows.add_column("expert", list(rows["task"]))
     for split in ("train", "test"):

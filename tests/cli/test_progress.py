@@ -94,7 +94,7 @@ def at(done: float, total: float | None, seconds: float, unit: str = "") -> Phas
         ((1, 1000, 12), "Working: 1 of 1,000, 0%, 3 h 20 min left"),
     ],
 )
-def test_a_line_says_how_far_a_phase_is_and_what_is_left(own, line):
+def test_line_shows_progress_and_remaining_time(own, line):
     assert progress_line(at(*own)) == line
 
 

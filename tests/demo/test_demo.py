@@ -104,7 +104,7 @@ def test_printed_next_commands_work(folder, ran):
     assert "'score': " in printed  # the pipeline
 
 
-def test_the_readmes_commands_work_on_what_the_demo_left(folder, ran):
+def test_readme_commands_work_after_the_demo(folder, ran):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     printed = run_lines(re.search(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1].splitlines(), folder)
     assert "swin-scans-low" in printed

@@ -76,7 +76,7 @@ def test_both_sources_and_all_digits_are_in_every_part(rows):
     assert (image.mode, image.size) == ("L", (28, 28))
 
 
-def test_experts_differ_in_what_they_are_and_fit_into_the_package():
+def test_experts_differ_and_fit_into_the_package():
     configs = {name: json.loads((digit_expert(name) / "config.json").read_text()) for name in EXPERTS}
     assert len({config["model_type"] for config in configs.values()}) >= 6
     files = [file for file in digit_expert(EXPERTS[0]).parent.rglob("*") if file.is_file()]
@@ -111,7 +111,7 @@ def test_expert_knows_its_digits(rows, name):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_card_says_what_discovery_needs(name):
+def test_card_has_the_metadata_for_discovery(name):
     card = ModelCard.load(digit_expert(name) / "README.md")
     assert set(card.data.tags) == TAGS
     assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-classification")
@@ -119,7 +119,7 @@ def test_card_says_what_discovery_needs(name):
     assert "held-out" in card.text
 
 
-def test_misfits_carry_the_tags_and_say_what_is_wrong(wrong):
+def test_incompatible_repos_have_the_tags_and_a_reason(wrong):
     assert len(wrong) == 6
     for name, misfit in wrong.items():
         card = ModelCard.load(misfit.folder / "README.md")

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-def test_the_router_leads_the_base_the_mean_and_every_expert(folder, ran):
+def test_router_exceeds_base_mean_and_every_expert(folder, ran):
     results = Results.load(folder / "demo" / "router" / "results.json")
     assert sum(task.n for task in results.tasks) == 200
     for predictor in results.predictors:

@@ -96,7 +96,7 @@ def test_all_of_it_is_small():
 
 
 @pytest.mark.slow
-def test_the_model_leads_every_static_merge(folder, ran):
+def test_model_exceeds_every_static_merge(folder, ran):
     results = Results.load(folder / "demo" / "merged" / "results.json")
     assert sum(task.n for task in results.tasks) == 1600
     leads = {predictor.name: predictor.lead["held-in"].ci95 for predictor in results.predictors if predictor.lead}

@@ -230,7 +230,7 @@ def test_intervals():
     )
 
 
-def test_intervals_of_means_hold_what_they_promise():
+def test_intervals_of_means_have_their_coverage():
     """Drawn again and again, 95 % of the intervals hold the truth: of a mean over tasks and of a paired difference."""
     generator = torch.Generator().manual_seed(0)
     rates, others, n = torch.tensor([0.95, 0.5, 0.2]), torch.tensor([0.9, 0.4, 0.3]), 100

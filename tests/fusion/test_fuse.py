@@ -35,7 +35,7 @@ def test_command_function_is_public():
     assert hf_fusion.fuse is fuse
 
 
-def test_fuse_pins_what_it_fused(owner, ids):
+def test_fuse_pins_its_experts(owner, ids):
     model = fuse("foe", ids, labels=["no", "yes", "maybe"], api=owner.api)
     recipe = model.fusion_recipe
     shas = [owner.api.model_info(name).sha for name in [*ids, f"{owner.name}/base"]]

@@ -174,7 +174,7 @@ def test_a_wrong_field_is_named(case, folder_of):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_newer_format_says_what_to_do(kind, folder_of):
+def test_newer_format_gives_a_hint(kind, folder_of):
     folder = folder_of(kind)
     assert json.loads((folder / "config.json").read_text())["format_version"] == 1
     edit(folder, lambda content: content.update(format_version=3))

@@ -133,7 +133,7 @@ def edit(folder, **fields):
         ({"target_parameters": ["intermediate.dense.weight"]}, "target_parameters"),
     ],
 )
-def test_refuses_what_peft_can_do_but_b_a_cannot(options, field, tmp_path):
+def test_adapters_that_b_a_cannot_express_are_refused(options, field, tmp_path):
     save_adapter(tmp_path, bert(), **MIXES["plain"], **options)
     with pytest.raises(FusionError, match=rf"me/adapter.*{field}"):
         read_adapter(tmp_path, "me/adapter")

@@ -320,7 +320,7 @@ def test_table_and_unknown_task(owner, tmp_path):
         check_compatibility(experts, task="juggling", api=owner.api)
 
 
-def test_lora_config_is_what_peft_writes():
+def test_lora_config_equals_the_one_of_peft():
     """The table of refused fields is checked against PEFT's own defaults: a plain adapter must pass."""
     from hf_fusion.hub.lora import config_problems
 

@@ -189,7 +189,7 @@ def test_only_clear_errors_or_right_results(kind, count, place, tmp_path, monkey
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
-def test_discovery_judges_what_others_pushed(count, place, hub, tmp_path):
+def test_discovery_checks_repos_of_other_users(count, place, hub, tmp_path):
     """All repos at once, as `hf-fusion discover --check` finds them: those that fit, and reasons for the others."""
     api = HfApi(endpoint=hub.endpoint, token=hub.token("fuzzer"))
     drawn = [case for case in mutations(place / "foxes") if "a link" not in case.name and "a folder" not in case.name]

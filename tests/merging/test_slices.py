@@ -108,7 +108,7 @@ def test_one_source_alone_is_passed_on_by_any_method(folders, tmp_path):
     torch.testing.assert_close(out["model.layers.2.mlp.up_proj.weight"], b["model.layers.2.mlp.up_proj.weight"])
 
 
-def test_models_of_other_depths_and_what_configurations_say_of_each_layer(tmp_path):
+def test_models_of_other_depths_and_per_layer_configurations(tmp_path):
     for seed, (name, layers) in enumerate({"small": 2, "large": 5}.items()):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -41,7 +41,7 @@ def recipe_of(*folders, method="lora"):
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_one_adapter_stays_what_it_is(kind, made, tmp_path):
+def test_single_adapter_is_unchanged(kind, made, tmp_path):
     folder, models = made
     merge_adapters(recipe_of(folder / kind), tmp_path / "out")
     found = with_peft(folder / "base", tmp_path / "out", KINDS[kind][0].get("rows"))

@@ -119,7 +119,7 @@ class Adds(torch.nn.Module):
         return x + total if scope is None else x * scope
 
 
-def test_compiled_code_finds_what_its_thread_has():
+def test_compiled_code_reads_the_values_of_its_thread():
     model = Adds()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.ones(2)

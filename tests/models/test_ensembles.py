@@ -61,7 +61,7 @@ def test_ensemble_rules_match_their_formulas(rule, over, experts):
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(answer(model), torch.tensor([0, 1, 2, 0])))
 
 
-def test_far_logits_stay_what_they_are(experts):
+def test_distant_logits_are_unchanged(experts):
     with torch.no_grad():
         experts[0].model.classifier.bias.copy_(torch.tensor([0.0, 300.0, -300.0]))
     torch.testing.assert_close(answer(FoEModel.ensemble(experts)), logits_of(experts).mean(0), rtol=1e-5, atol=1e-4)

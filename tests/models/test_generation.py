@@ -42,7 +42,7 @@ def prompts(kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", BASES)
-def test_a_router_of_one_expert_generates_what_the_expert_does(kind, options):
+def test_router_of_one_expert_generates_like_the_expert(kind, options):
     build, targets = BASES[kind]
     (expert,) = experts_of(build(), [(4, targets)])
     dense, router = merged(expert.model, expert.adapter, []), PhatgooseRouter.from_experts([expert], top_k=1)
@@ -205,7 +205,7 @@ def test_a_negative_prompt_is_routed_as_a_prompt():
         model.generate(prompt, negative_prompt_ids=negative, use_cache=False, **options)
 
 
-def test_the_trainer_pads_what_is_generated(tmp_path):
+def test_trainer_pads_generated_tokens(tmp_path):
     rows = [{"input_ids": IDS[k], "attention_mask": MASK[k], "labels": IDS[k]} for k in range(3)]
     settings = {"predict_with_generate": True, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     for model in families("t5"):

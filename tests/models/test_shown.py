@@ -41,7 +41,7 @@ def _with_base():
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_a_repr_says_what_a_model_is_in_a_few_lines(family):
+def test_repr_describes_a_model_in_a_few_lines(family):
     model = FUSED[family]()
     text = repr(model)
     assert 5 <= text.count("\n") + 1 <= 20, text
@@ -68,7 +68,7 @@ def test_a_summary_prints_as_a_table_and_is_a_mapping(family):
     assert max(starts) <= 24
 
 
-def test_a_table_shows_what_is_there_and_counts_what_is_too_long():
+def test_summary_omits_empty_values_and_shortens_long_lists():
     shown = Summary(
         name="x", a_share=0.123456, number=1234567, none=None, text="", empty=[], nothing={}, yes=True,
         few=["a", "b"], many=[f"expert-{i}" for i in range(MOST + 5)], costs={"a": 0.25, "long name": 1},

@@ -121,7 +121,7 @@ STORAGES = {
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_storages_equal_the_loop_over_what_they_keep(storage, kind, monkeypatch):
+def test_storages_equal_a_loop_over_stored_values(storage, kind, monkeypatch):
     monkeypatch.setattr(linears_wemoe, "CPU_HAS_BFLOAT16", False)  # products in fp32 of what was rounded once
     model, base, experts, units, inputs = fused(kind, task_vectors=storage, **STORAGES[storage])
     states = stored(storage, base, experts, [path for paths in units.values() for path in paths])

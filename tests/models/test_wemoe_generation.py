@@ -50,7 +50,7 @@ def test_cached_generation_equals_uncached(kind, how):
 
 
 @pytest.mark.parametrize("kind", LANGUAGE)
-def test_a_prompt_generates_what_the_dense_model_merged_for_it_generates(kind):
+def test_prompt_generation_equals_the_merged_dense_model(kind):
     model, base, _, units, _ = fused(kind)
     options = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
     together = model.generate(**prompts(kind), **options)
@@ -114,7 +114,7 @@ def test_teacher_forcing_equals_generating_in_sequence_to_sequence_models():
     assert close(got[allowed], scores[allowed]) <= 1e-5
 
 
-def test_a_cache_goes_on_with_the_coefficients_of_its_prompt():
+def test_cache_keeps_the_coefficients_of_its_prompt():
     model = fused("llama")[0]
     with torch.no_grad():
         whole = model(input_ids=IDS[:2], prompt_mask=torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)).logits

@@ -304,7 +304,7 @@ def test_recomputed_layers_find_their_call(kind, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "llama"])
-def test_compiled_calls_on_threads_give_what_they_give_alone(kind):
+def test_compiled_threaded_calls_equal_single_calls(kind):
     model = fused(kind)[0]
     inputs = PICTURES if kind == "vit" else PROMPTS[:2]
     calls = {**compiled(model, inputs), **readings(model, inputs)}
@@ -314,7 +314,7 @@ def test_compiled_calls_on_threads_give_what_they_give_alone(kind):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ALWAYS)
-def test_calls_on_threads_give_what_they_give_alone(kind):
+def test_threaded_calls_equal_single_calls(kind):
     check(kind, 60)
 
 

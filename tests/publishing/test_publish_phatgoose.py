@@ -117,9 +117,7 @@ def test_the_map_of_classifiers_counts_all_tokens_but_padding():
     assert routing.weights[0] == pytest.approx((first / first.sum()).tolist(), abs=1e-4)
 
 
-def test_published_by_reference_it_loads_anywhere_and_its_card_says_what_was_measured(
-    hub, owner, ids, tmp_path, fresh_python
-):
+def test_repo_published_by_reference_loads_and_shows_results(hub, owner, ids, tmp_path, fresh_python):
     model = fuse("phatgoose", ids, base_by_reference=True, api=owner.api)
     folder = save_fused(model, tmp_path / "fused")
     results, routing = measured(model, ids, folder, owner.api)

@@ -79,7 +79,7 @@ def test_published_merge_loads_anywhere_and_its_recipe_makes_the_same_bytes(hub,
         assert file.read_bytes() == Path(owner.api.hf_hub_download(done.repo_id, file.name)).read_bytes(), file.name
 
 
-def test_the_card_says_what_was_merged_how_and_what_it_can(owner, ids, recipe, tmp_path):
+def test_card_shows_experts_method_and_results(owner, ids, recipe, tmp_path):
     folder = merge(recipe, tmp_path / "merged", api=owner.api).folder
     done = publish(folder, f"{owner.name}/mood", results=RESULTS, api=owner.api)
     text = Path(owner.api.hf_hub_download(done.repo_id, "README.md")).read_text()

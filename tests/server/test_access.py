@@ -40,7 +40,7 @@ def test_private_repos_exist_for_their_owner_only(hub, alice, user, anyone, tmp_
     assert anyone.model_info(repo).private is False
 
 
-def test_gated_repos_show_what_they_are_but_keep_their_files(alice, user, anyone, tmp_path):
+def test_gated_repos_show_metadata_but_no_files(alice, user, anyone, tmp_path):
     name, api = alice
     repo = f"{name}/gated"
     api.create_repo(repo)

@@ -334,7 +334,7 @@ def test_uploads_match_their_hash(hub, alice):
     assert verify().status_code == 200
 
 
-def test_git_lfs_fetches_what_was_pushed(hub, alice):
+def test_git_lfs_fetches_pushed_files(hub, alice):
     name, api = alice
     repo = f"{name}/fetched"
     api.create_repo(repo)

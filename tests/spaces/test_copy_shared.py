@@ -12,7 +12,7 @@ SPACES = COPY["spaces"]()
 
 
 @pytest.mark.parametrize("space", SPACES, ids=[space.name for space in SPACES])
-def test_a_space_holds_what_it_imports(space):
+def test_space_contains_its_imports(space):
     held = {path.name: path.read_bytes() for path in (space / "shared").iterdir() if path.is_file()}
     sources = COPY["sources"]()
     assert held == {name: sources[name].read_bytes() for name in COPY["needed"](space)}, "run `make spaces`"

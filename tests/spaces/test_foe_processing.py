@@ -164,7 +164,7 @@ def test_only_the_most_probable_labels_are_shown(processing):
 # ---------------------------------------------------------------- results
 
 
-def test_results_keep_what_is_sound(processing):
+def test_valid_results_are_kept(processing):
     good = {"name": "FoE", "kind": "foe", "score": 0.9, "ci95": [0.88, 0.92], "cost": 1.0}
     bad = [{**good, "score": "high"}, {**good, "cost": float("nan")}, {**good, "ci95": [1]}, "FoE", {"name": "x"}]
     curve = [{"score": 0.8, "cost": 0.6}, {"score": 0.7, "cost": 0.2}, {"score": None, "cost": 0.1}]

@@ -87,7 +87,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("said", "change"), BROKEN.items())
-def test_a_broken_summary_says_what_is_wrong_and_where(space, summary, said, change):
+def test_broken_summary_is_reported_with_its_position(space, summary, said, change):
     broken = deepcopy(summary)
     broken["suites"][0]["rows"][3][change[0]] = change[1]
     with pytest.raises(space.data.BrokenError, match=re.escape(said)):
@@ -218,7 +218,7 @@ def test_rows_are_sorted_within_their_part_and_variants_stay_together(space, sui
     assert costs == sorted(costs)
 
 
-def test_filters_leave_what_passes(space, suites):
+def test_filters_keep_matching_rows(space, suites):
     fused = lambda query: {line.row.key for line in table(space, suites, query).lines if line.row.part == "fused"}  # noqa: E731
     assert fused("?variant=tuned") == {"task_arithmetic.tuned", "ties.tuned", "dare.tuned", "tsv_m.tuned"}
     assert fused("?family=mixture") == {"emr.default", "smile.default", "wemoe.default"}
@@ -229,7 +229,7 @@ def test_filters_leave_what_passes(space, suites):
     assert keys[:4] == ["method", "mean-unseen", "task.sst2", "task.snips"]
 
 
-def test_the_download_holds_what_is_shown(space, suites):
+def test_download_has_the_shown_data(space, suites):
     for query in ("?sort=-task.cola", "?show=cost", "?show=corruptions&family=merge", "?show=unseen"):
         shown = table(space, suites, query)
         rows = list(csv.DictReader(io.StringIO(space.tables.to_csv(shown))))

@@ -187,7 +187,7 @@ def test_unservable_model_is_reported(model, tmp_path, config, problem):
 
 
 @pytest.mark.long
-def test_the_page_says_what_cannot_be_served(space_modules, tmp_path, monkeypatch):
+def test_page_reports_unservable_models(space_modules, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "phatgoose", "head": "seq2seq-lm"}')
     monkeypatch.setenv("MODEL_ID", str(tmp_path))
     demo = space_modules("phatgoose", "app")[0].demo

@@ -100,7 +100,7 @@ def test_pictures_are_read_from_files(space, tmp_path):
         space.batch.read_pictures([str(tmp_path / "b.png")])
 
 
-def test_the_download_holds_what_the_table_shows(space, answer):
+def test_download_has_the_rows_of_the_table(space, answer):
     Example = space.model.Example
     examples = [Example("a, b", "c"), Example('says "x"\n')]
     rows = list(csv.DictReader(io.StringIO(space.batch.to_csv(examples, [answer, answer], "law"))))

@@ -170,7 +170,7 @@ def test_unservable_model_is_reported(model, tmp_path, config, problem):
 
 
 @pytest.mark.long
-def test_the_page_says_what_cannot_be_served(app_of, tmp_path):
+def test_page_reports_unservable_models(app_of, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "wemoe", "head": "token-classification"}')
     shown = str(app_of(tmp_path).demo.get_config_file()["components"])
     assert "is a model for token-classification" in shown and "Set MODEL_ID" in shown

@@ -85,7 +85,7 @@ def _written(model, prompt: list[int], length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.t5], ids=["llama", "gpt2", "t5"])
-def test_exact_matches_are_what_generate_writes(build):
+def test_exact_match_equals_generation(build):
     model, rows, expected = build().train(), [], []
     for number, text in enumerate(PROMPTS):
         prompt = TOKENIZER(text)["input_ids"]

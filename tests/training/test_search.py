@@ -182,7 +182,7 @@ def test_greedy_soup_matches_the_paper(tmp_path):
     assert greedy_soup(folders[:1], ROWS).chosen == [str(folders[0])]
 
 
-def test_soups_of_language_models_and_what_does_not_fit():
+def test_soups_of_language_models_and_mismatched_inputs():
     experts = [Expert(f"me/{i}", gpt2(i, vocabulary=len(TOKENIZER)), processor=TOKENIZER) for i in range(2)]
     soup = greedy_soup(experts, PROMPTS)  # tied embeddings; scored by tokens
     assert soup.chosen[0] == soup.names[0] and soup.score >= soup.scores[0] >= soup.scores[1]

@@ -386,7 +386,7 @@ def test_recipes_name_the_statistics(folders, tmp_path):
         merge(recipe_of("linear", folders), tmp_path / "out")
 
 
-def test_regmean_plus_plus_reads_what_the_merged_layers_before_hand_on(folders, tmp_path):
+def test_regmean_plus_plus_uses_inputs_from_merged_layers(folders, tmp_path):
     """Against layers that are called one by one, as the paper has it."""
     other = Dataset.from_dict({"text": ["lazy dog", "fox", "said the router to the gate"], "label": [0, 1, 2]})
     found = measure_gram_merged(folders, [WORDS, other], off_diagonal=0.9)

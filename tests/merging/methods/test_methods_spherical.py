@@ -48,7 +48,7 @@ def test_nuslerp(case, with_base, per):
     close(got, wanted, [base, *experts])
 
 
-def test_nuslerp_of_weights_that_sum_to_nothing_goes_half_way():
+def test_nuslerp_with_weights_summing_to_zero_is_the_midpoint():
     _, experts = TWO["random"]
     half = merged("nuslerp", None, experts)
     assert half.equal(merged("nuslerp", None, experts, weight=[1.0, -1.0]))

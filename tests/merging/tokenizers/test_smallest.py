@@ -53,7 +53,7 @@ def mergekits(tmp_path, folders, method="linear", base=None, **more):
     return load_recipe(tmp_path / "recipe.yaml")
 
 
-def test_rows_are_cut_by_number_and_what_is_lost_is_named(folders, tmp_path, caplog):
+def test_rows_are_cut_by_id_and_lost_tokens_are_named(folders, tmp_path, caplog):
     recipe = mergekits(tmp_path, folders.values())
     with caplog.at_level(logging.WARNING):
         report = merge(recipe, tmp_path / "out")
@@ -112,7 +112,7 @@ def test_native_recipes_request_it_by_name(folders, tmp_path):
     assert weights(tmp_path / "out")["lm_head.weight"].shape[0] == 40
 
 
-def test_pieces_and_their_merges_are_cut_and_what_cannot_be_is_refused(tmp_path):
+def test_pieces_and_merges_are_cut_or_refused(tmp_path):
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
