@@ -144,7 +144,7 @@ def _misfits(folder: Path) -> dict[str, Path]:
 
 
 def _discover(workspace: Workspace, *tags: str) -> Compatibility:
-    """What anybody finds by tags, judged for routing among adapters of SmolLM2."""
+    """Discovers repos by their tags and checks whether they can be routed among as adapters of SmolLM2."""
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
 
@@ -187,7 +187,7 @@ def _add_gates(workspace: Workspace, verdict: Compatibility, out: Out, seed: int
 
 
 def _fuse_and_measure(workspace: Workspace, out: Out) -> tuple[Any, Results, RoutingMap, Path]:
-    """The router, what was measured, and the folder that holds all of it."""
+    """Returns the router, its results, and the folder with both."""
     from datasets import concatenate_datasets
 
     from hf_fusion.evaluation.evaluate import evaluate

@@ -132,7 +132,7 @@ def _folders(workspace: Workspace) -> dict[str, Path]:
 
 
 def _discover(workspace: Workspace) -> Compatibility:
-    """What anybody finds by tags, judged for merging with the base."""
+    """Discovers repos by their tags and checks whether they can be merged with the base."""
     from hf_fusion.hub.compat import check_compatibility
     from hf_fusion.hub.discover import EXPERT_TAG, discover
 
@@ -198,7 +198,7 @@ def _rows(workspace: Workspace, split: str) -> dict[str, Dataset]:
 def _measure(
     workspace: Workspace, model: WEMoEModel, experts: list[Expert], base: ExpertLike, more: list[TaskModel]
 ) -> tuple[Results, Path]:
-    """What was measured, and the folder that holds it and the model."""
+    """Returns the results, and the folder with them and the model."""
     from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, COEFFICIENT_PICTURE, map_coefficients
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.evaluation.plots import plot_coefficients
