@@ -6,6 +6,7 @@
 #   make fast      the tests that take a moment, and start no browser, no demo and no process
 #   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
+#   make docs      the documentation site, into site/
 #   make bench     the performance measurements
 #   make numbers ONLY=NAME DATA=DIR   measure one source of README's figures again, and write them; without ONLY all: hours
 #   make numbers-render               write README, cards and docs/numbers.md from the measurements that are there
@@ -25,12 +26,13 @@ WORKERS ?= 2
 # It is kept, whatever the environment says: the tests start a hundred interpreters, and each would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 # One thread for each test process: more would only get in each other's way. A file's tests share a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile -n
 # The whole suite waits for processes, pages and disks for a third of its time: one test process more uses it.
 MORE_WORKERS = $$(($(WORKERS) + 1))
 
-.PHONY: demo test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
+.PHONY: demo docs test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -49,6 +51,10 @@ check: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(DOCS) --quiet
+
+docs: $(VENV)/test-installed # a broken link, or a parameter that a public docstring does not describe, is an error
+	$(DOCS)
 
 test-cpus: $(VENV)/test-installed
 	$(BIN)/python tests/cpus.py --workers $(WORKERS)

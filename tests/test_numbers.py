@@ -1,4 +1,4 @@
-"""Figures in README and the cards equal those in their JSON files, and each has a source."""
+"""The figures of README, docs and cards are those of the JSON files that they come from, and no figure has none."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import shlex
 
 import pytest
 from benchmarks.number_sources import ROOT, SOURCES
-from benchmarks.write_numbers import LIST, NUMBER, find, put_phrase, rendered, section_of
+from benchmarks.write_numbers import LIST, NUMBER, documents, find, put_phrase, put_source, rendered, section_of
 from demo_runs import departures
 
 from hf_fusion.evaluation.results import Results
 
 README = "README.md"
+PAGES = [path for path in documents() if not path.startswith("docs/reference/") and path != "docs/security.md"]
 # What looks like a measured figure and is none: of papers, versions and settings.
 SETTINGS = (
-    r"arXiv \d{4}\.\d{4,5}",
+    r"(arXiv |\[)\d{4}\.\d{4,5}",
+    r"(PEFT|fusion_bench) \d[\d.]+",
     r"Python 3\.\d+",
     r"mergekit \d+\.\d+\.\d+",
     r"0\.5B parameters",
@@ -40,33 +42,38 @@ def test_documents_equal_the_rendered_measurements(texts):
         assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} is not what make numbers-render writes"
 
 
-def test_hand_edited_figure_is_overwritten(texts):
-    source = SOURCES["demo-phatgoose"]
+def test_a_figure_edited_by_hand_is_overwritten(texts):
+    source, page = SOURCES["demo-phatgoose"], texts["docs/benchmark/quality.md"]
     for phrase in source.phrases(source.read()):
-        edited = put_phrase(NUMBER.sub("1.5", phrase), texts[README])
-        assert edited != texts[README]
-        assert put_phrase(phrase, edited) == texts[README]
+        edited = put_phrase(NUMBER.sub("1.5", phrase), page)
+        assert edited != page
+        assert put_phrase(phrase, edited) == page
 
 
-def test_removed_sentence_is_named():
-    with pytest.raises(ValueError, match="0 times instead of once.*three seeds"):
-        find("With three seeds it has 1.5 %", "With two seeds\nit has 1.7 %")
-    assert find("With three seeds it has 1.5 %", "With three\nseeds it has 98 % here").group(1) == "98"
+def test_a_phrase_is_found_once_or_not_at_all():
+    phrase = "With three seeds it has 1.5 %"
+    assert find(phrase, "With three\nseeds it has 98 % here").group(1) == "98"
+    assert find(phrase, "With two seeds\nit has 1.7 %") is None
+    with pytest.raises(ValueError, match="2 times instead of once.*three seeds"):
+        find(phrase, 2 * "With three seeds it has 1.7 % ")
 
 
-def test_every_measured_figure_of_the_readme_has_a_source(texts):
-    text = texts[README]
+def test_a_table_or_phrase_that_no_document_has_is_named(texts):
+    with pytest.raises(ValueError, match="no document has what demo-phatgoose measured: 'on each of five tasks"):
+        put_source("demo-phatgoose", SOURCES["demo-phatgoose"], {"docs/index.md": texts["docs/index.md"]})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_measured_figure_has_a_source(page, texts):
+    text = texts[page]
     for name, source in SOURCES.items():
-        if source.document != README:
-            continue
         for phrase in source.phrases(source.read()) if source.phrases else ():
-            match = find(phrase, text)
-            text = text[: match.start()] + re.sub(r"\S", " ", match[0]) + text[match.end() :]
+            if match := find(phrase, text):
+                text = text[: match.start()] + re.sub(r"\S", " ", match[0]) + text[match.end() :]
         if source.block:
             section = section_of(name, source)
             text = re.sub(rf"<!-- {section}:begin -->.*?<!-- {section}:end -->", "", text, flags=re.DOTALL)
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"^\| `.*\|$", "", text, flags=re.MULTILINE)  # the table of methods: defaults
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|\bhttps?://\S+", "", text)
     text = re.sub("|".join(SETTINGS), "", " ".join(text.split()))
     found = [text[max(0, m.start() - 40) : m.end() + 20] for m in MEASURED.finditer(text)]
@@ -92,7 +99,7 @@ def test_the_demos_table_and_card_are_of_one_run():
 
 
 @pytest.mark.parametrize(("name", "fused"), [("foe", "FoE"), ("phatgoose", "PHATGOOSE"), ("wemoe", "WEMoE")])
-def test_card_shows_the_first_seed_within_its_interval(name, fused):
+def test_a_card_is_of_the_first_seed_and_its_interval_holds_the_others(name, fused):
     card, seeds = SOURCES[f"demo-{name}"].read()[-2:]
     results = Results.from_dict(card["results"])
     stated = {p.name: p.only_score if results.pooled else p.means["held-in"] for p in results.predictors}
@@ -106,7 +113,7 @@ def test_card_shows_the_first_seed_within_its_interval(name, fused):
     assert all(low <= run[fused] <= high for run in scores), [run[fused] for run in scores]
 
 
-def test_run_outside_the_intervals_of_the_card_is_reported():
+def test_a_run_that_leaves_the_cards_intervals_is_named():
     card = SOURCES["demo-phatgoose"].read()[0]["results"]
     assert departures(card, card) == []
     run = copy.deepcopy(card)

@@ -44,7 +44,7 @@ MEASURES: dict[str, Callable[..., Results]] = {
 def _measure_of(model: object) -> tuple[str, Callable[..., Results], bool]:
     """What a model is in words, how it is measured, and whether task by task."""
     if isinstance(model, (list, tuple)):
-        return "PHATGOOSE's experts", measure_routing, True
+        return "a list of PHATGOOSE's experts", measure_routing, True
     if isinstance(model, CoefficientMerge):
         return "a merge with coefficients", measure_merged, True
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
@@ -91,6 +91,8 @@ def evaluate(
     Raises:
         FusionError: for options that the family does not know, data of another form, and what the family refuses.
     """
+    if isinstance(model, tuple) and any(hasattr(part, "forward") for part in model):
+        raise FusionError("evaluate takes a model, not a model with its recipe", "evaluate(load_fused(folder)[0], …)")
     title, measure, by_task = _measure_of(model)
     known = {*_options_of(measure_routing), "experts"} if measure is _of_router else {*_options_of(measure)}
     if unknown := [name for name in options if name not in known]:

@@ -1,4 +1,4 @@
-"""The manifest of `write_numbers.py`: where each figure of README and the cards comes from, and what measures it.
+"""The manifest of `write_numbers.py`: where each figure of README, docs and cards comes from, and what measures it.
 
 A figure stands in a block, a table between the markers ``<!-- numbers-NAME:begin -->`` and
 ``<!-- numbers-NAME:end -->``, or in a phrase, a piece of a sentence as it is written in the document. Both are
@@ -35,8 +35,7 @@ class Source:
         rows: what was measured on, and how far seeds or repetitions differ.
         minutes: what that takes on one quiet core.
         block: the table between the markers, or None.
-        phrases: pieces of sentences with figures in them, each of which the document has exactly once.
-        document: where the block and the phrases stand.
+        phrases: pieces of sentences with figures in them.
         section: name of the markers, where it is not ``numbers-NAME``.
     """
 
@@ -46,7 +45,6 @@ class Source:
     minutes: int
     block: Callable[[Read], str] | None = None
     phrases: Callable[[Read], list[str]] | None = None
-    document: str = "README.md"
     section: str = ""
 
     def read(self) -> Read:
@@ -67,6 +65,13 @@ def demo(name: str, rows: str, minutes: int, **shown: Any) -> Source:
 
 
 SOURCES = {
+    "headline": Source(
+        ("docs/results.json", "model_cards/phatgoose.json", f"{MEASURED}/wemoe_minilm8.json"),
+        (),
+        "first seeds of demo-foe, demo-phatgoose and wemoe-suites, which have the commands",
+        0,
+        tables.headline_table,
+    ),
     "demo-foe": demo(
         "foe",
         "1,597 test images; three seeds of the fuser",

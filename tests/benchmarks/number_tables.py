@@ -40,6 +40,42 @@ def pooled_share(results: Results, name: str) -> float:
     return results[name].only_score.score
 
 
+# ---------------------------------------------------------------- README's table of headline results
+
+
+def headline_table(read: Read) -> str:
+    """One row for each family: the fused model, and what it competes with on the same rows."""
+    digits, phatgoose, wemoe = map(Results.from_dict, (read[0], read[1]["results"], read[2]["runs"][0]))
+    fused, frugal = digits["FoE"], digits["FoE, frugal"]
+    best, ensemble = digits.best("expert"), digits["mean ensemble"]
+    routed = {predictor.name: predictor.means.get(HELD_IN) for predictor in phatgoose.predictors}
+    merged = {predictor.name: predictor.means[HELD_IN] for predictor in wemoe.predictors}
+    rows_of = [f"{sum(task.n for task in results.tasks):,}" for results in (digits, phatgoose, wemoe)]
+    rows = [
+        [
+            "FoE: 8 digit classifiers",
+            rows_of[0],
+            scored(fused.only_score),
+            f"best expert {scored(best.only_score)}, mean ensemble {scored(ensemble.only_score)}",
+        ],
+        [f"FoE, frugal, {100 * frugal.cost:.0f} % of the cost", rows_of[0], scored(frugal.only_score), "the same"],
+        [
+            "PHATGOOSE: 5 LoRA adapters of SmolLM2-135M, task unknown",
+            rows_of[1],
+            scored(routed["PHATGOOSE"]),
+            f"mean of the adapters {scored(routed['merged'])}, each task's own adapter {scored(routed['oracle'])}",
+        ],
+        [
+            "WEMoE: 8 fine-tunes of MiniLM, no labels",
+            rows_of[2],
+            scored(merged["WEMoE"]),
+            f"TIES, tuned {scored(merged['TIES, λ tuned'])}, "
+            f"each task's own expert {scored(merged['individual experts'])}",
+        ],
+    ]
+    return table(["fused", "test rows", "accuracy", "on the same rows"], rows)
+
+
 # ---------------------------------------------------------------- the demos and their cards
 
 
@@ -192,9 +228,9 @@ def peers_phrases(read: Read) -> list[str]:
     agree = [case for case in read[0] if case["agrees"]]
     rounded = [case for case in agree if case["case"] in ("gates from hidden states", "gates from averages")]
     return [
-        f"[{len(agree) - len(rounded)} of {len(read[0])} cases](tests/peers/agreement.json) agree to the rounding of "
-        "float32",
-        f"[the other {len(read[0]) - len(agree)}](tests/peers/README.md)",
+        f"[{len(agree) - len(rounded)} of {len(read[0])} cases](../../tests/peers/agreement.json) agree to the "
+        "rounding of float32",
+        f"[the other {len(read[0]) - len(agree)}](../../tests/peers/README.md)",
     ]
 
 
@@ -265,8 +301,8 @@ def phatgoose_minilm_phrases(read: Read) -> list[str]:
     """Both kinds of gates on MiniLM's classifiers."""
     plain, whitened = (scored(Results.from_dict(file)["PHATGOOSE"].means[HELD_IN]) for file in read)
     return [
-        f"[{plain}](tests/benchmarks/results/phatgoose_minilm.json) with the paper's gates",
-        f"[{whitened}](tests/benchmarks/results/phatgoose_minilm_whitened.json) with whitened ones, n = "
+        f"[{plain}](../../tests/benchmarks/results/phatgoose_minilm.json) with the paper's gates",
+        f"[{whitened}](../../tests/benchmarks/results/phatgoose_minilm_whitened.json) with whitened ones, n = "
         f"{sum(task['n'] for task in read[0]['tasks'])}",
     ]
 
@@ -308,9 +344,13 @@ def routing_table(read: Read) -> str:
 
 
 def routing_phrases(read: Read) -> list[str]:
-    """The same with SmolLM2's shape."""
+    """The same with SmolLM2's shape, and the range of all forwards."""
     (row,) = read[1]["rows"]
-    return [f"{row['experts']} experts (`--smollm2`) it is {row['router forward']:.2f} and {row['router token']:.2f}"]
+    forwards = [row["router forward"] for content in read for row in content["rows"]]
+    return [
+        f"{row['experts']} experts (`--smollm2`) it is {row['router forward']:.2f} and {row['router token']:.2f}",
+        f"{min(forwards):.1f} to {max(forwards):.1f} forwards of the base",
+    ]
 
 
 # ---------------------------------------------------------------- WEMoE
@@ -358,7 +398,7 @@ def wemoe_phrases(read: Read) -> list[str]:
     return [
         f"n = {sum(task.n for task in first.tasks):,} test rows",
         f"means of three seeds, which differ by up to {200 * spreads:.2f}",
-        f"it comes to [{percent(beside.score)}](tests/benchmarks/results/wemoe_minilm8_transductive.json) "
+        f"it comes to [{percent(beside.score)}](../../tests/benchmarks/results/wemoe_minilm8_transductive.json) "
         f"{within(beside.ci95)[:-1]}; one seed)",
         f"WEMoE is {ahead[0]} points {within(lead['AdaMerging, by layer'].ci95, 1)} above AdaMerging and {ahead[1]} "
         f"{within(lead['TIES, λ tuned'].ci95, 1)} above TIES",
@@ -417,6 +457,10 @@ def per_input_table(read: Read) -> str:
 
 
 def per_input_phrases(read: Read) -> list[str]:
-    """What a step of adaptation costs."""
+    """What a step of adaptation costs, and the range of all forwards."""
+    forwards = [row["ratio"] for row in read[0]["rows"] if "step" not in row["what"]]
     steps = [f"{row['ratio']:.2f} (batch {row['batch']})" for row in read[0]["rows"] if row["what"] == "exact step"]
-    return [f"A step of adaptation takes {' and '.join(steps)} times a forward and backward of the dense model"]
+    return [
+        f"A step of adaptation takes {' and '.join(steps)} times a forward and backward of the dense model",
+        f"{min(forwards):.1f} to {max(forwards):.1f} forwards of the dense model",
+    ]

@@ -1,6 +1,6 @@
-"""The figures of README and the cards: measured by the commands of `number_sources.SOURCES`, written from their JSON.
+"""The figures of README, docs and cards: measured by the commands of `number_sources.SOURCES`, written from their JSON.
 
-    make numbers-render                      # write README, the cards and docs/numbers.md from the JSON that is there
+    make numbers-render                      # write README, docs and cards from the JSON that is there
     make numbers ONLY=foe-forward            # measure one source first
     make numbers DATA=DIR                    # measure all of them: hours; DIR holds the data sets, one folder each
 
@@ -10,11 +10,13 @@ No figure is edited by hand: `tests/test_numbers.py` writes all of it again and 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from hf_fusion.hub.readme import put_section
 
 LIST = "docs/numbers.md"
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-INTRODUCTION = """# Where the figures come from
+UNLINKED = re.compile(r"\[([^]]*)\]\([^)]*\)")
+INTRODUCTION = """# Source of each figure
 
-Each figure of README and of the cards in [model_cards](../model_cards) is written from a JSON file by
-`tests/benchmarks/write_numbers.py`: `make numbers ONLY=NAME` measures a source again and writes what changes,
-`make numbers-render` only writes. A table of README stands between markers that name its source; the phrases are the
-sentences of README that hold figures. Times are for one quiet core.
+Every figure in README, on these pages and in the cards of `model_cards/` is written from a JSON file by
+`tests/benchmarks/write_numbers.py`: `make numbers ONLY=NAME` measures a source again and updates the documents,
+`make numbers-render` only updates them. A table stands between markers that name its source; the quotations are the
+sentences that hold figures. Times are for one quiet core.
 """
 
 
@@ -49,37 +52,48 @@ def _loose(text: str) -> str:
     return r"\s+".join(map(re.escape, re.split(r"\s+", text)))
 
 
-def find(phrase: str, text: str) -> re.Match[str]:
+def find(phrase: str, text: str) -> re.Match[str] | None:
     """Where a document has a phrase.
 
     Raises:
-        ValueError: nowhere, or more than once.
+        ValueError: more than once.
     """
     found = list(pattern(phrase).finditer(text))
-    if len(found) != 1:
+    if len(found) > 1:
         raise ValueError(f"{len(found)} times instead of once, whatever its figures: {phrase!r}")
-    return found[0]
+    return found[0] if found else None
 
 
-def put_phrase(phrase: str, text: str) -> str:
-    """A document with the figures of a phrase in it; line breaks stay."""
+def put_phrase(phrase: str, text: str) -> str | None:
+    """A document with the figures of a phrase in it; line breaks stay. None where it does not have the phrase."""
     match = find(phrase, text)
+    if match is None:
+        return None
     for group, number in reversed(list(enumerate(NUMBER.findall(phrase), 1))):
         text = text[: match.start(group)] + number + text[match.end(group) :]
     return text
 
 
-def put_source(name: str, source: Source, text: str) -> str:
-    """A document with the block and the phrases of a source."""
+def put_block(section: str, block: str, text: str) -> str | None:
+    """A document with a table between its markers; None where it has no such markers."""
+    return put_section(text, section, block) if f"<!-- {section}:begin -->" in text else None
+
+
+def put_source(name: str, source: Source, texts: dict[str, str]) -> None:
+    """Write the block and the phrases of a source into every document that has them.
+
+    Raises:
+        ValueError: no document has one of them.
+    """
     read = source.read()
+    puts = [partial(put_phrase, phrase) for phrase in source.phrases(read)] if source.phrases else []
     if source.block:
-        section = section_of(name, source)
-        if f"<!-- {section}:begin -->" not in text:
-            raise ValueError(f"{source.document} has no block <!-- {section}:begin --> … <!-- {section}:end -->")
-        text = put_section(text, section, source.block(read))
-    for phrase in source.phrases(read) if source.phrases else ():
-        text = put_phrase(phrase, text)
-    return text
+        puts.append(partial(put_block, section_of(name, source), source.block(read)))
+    for put in puts:
+        written = {path: text for path, old in texts.items() if (text := put(old)) is not None}
+        if not written:
+            raise ValueError(f"no document has what {name} measured: {put.args[0]!r}")
+        texts.update(written)
 
 
 def section_of(name: str, source: Source) -> str:
@@ -87,12 +101,17 @@ def section_of(name: str, source: Source) -> str:
     return source.section or f"numbers-{name}"
 
 
+def documents() -> list[str]:
+    """README and the pages of the documentation, which may hold figures."""
+    pages = (path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))
+    return ["README.md", *(page for page in pages if page != LIST)]
+
+
 def rendered() -> dict[str, str]:
     """Every document with figures, as it is to be: path → text."""
-    texts: dict[str, str] = {}
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in documents()}
     for name, source in SOURCES.items():
-        text = texts.get(source.document) or (ROOT / source.document).read_text(encoding="utf-8")
-        texts[source.document] = put_source(name, source, text)
+        put_source(name, source, texts)
     for path in sorted((ROOT / "model_cards").glob("*.json")):
         texts[f"model_cards/{path.stem}.md"] = render_card(facts_from_json(path))
     return {**texts, LIST: list_of_sources()}
@@ -103,15 +122,23 @@ def list_of_sources() -> str:
     parts = [INTRODUCTION]
     for name, source in SOURCES.items():
         read = source.read()
-        links = ", ".join(f"[{file}](../{file})" for file in source.files)
+        links = ", ".join(linked(file) for file in source.files)
         machines = ", ".join(dict.fromkeys(found for content in read for found in machines_of(content)))
         about = [f"Figures: {links}.", f"Measured on: {source.rows}; {source.minutes} minutes."]
         parts.append("\n".join([f"## {name}\n", *about, *([f"Machine: {machines}."] if machines else [])]) + "\n")
         if source.commands:
             parts.append("```sh\n" + "\n".join(shown(command) for command in source.commands) + "\n```\n")
         if source.phrases:
-            parts.append("\n".join(f"- “{phrase}”" for phrase in source.phrases(read)) + "\n")
+            phrases = [UNLINKED.sub(r"\1", phrase) for phrase in source.phrases(read)]
+            parts.append("\n".join(f"- “{phrase}”" for phrase in phrases) + "\n")
     return "\n".join(parts)
+
+
+def linked(file: str) -> str:
+    """A link to a file as seen from `docs/numbers.md`; folders are only named."""
+    if (ROOT / file).is_dir():
+        return f"`{file}/`"
+    return f"[{file}]({os.path.relpath(file, 'docs')})"
 
 
 def machines_of(content: Any) -> Iterator[str]:

@@ -22,6 +22,8 @@ def test_options_and_data_of_other_families_are_refused():
         evaluate(model, {"task": labelled()})
     with pytest.raises(FusionError, match="a static merge is measured on a data set for each task"):
         evaluate("me/merge", labelled())
+    with pytest.raises(FusionError, match="not a model with its recipe"):
+        evaluate((model, None), labelled())  # as load_fused returns them
 
 
 def test_rows_that_a_fusion_of_experts_cannot_be_measured_on_are_named():
