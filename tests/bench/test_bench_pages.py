@@ -17,7 +17,7 @@ from hf_fusion.cli.app import main
 from hf_fusion.hub.readme import put_section
 
 ROOT = Path(__file__).parents[2]
-RESULTS, README = ROOT / "results", (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS, PAGE = ROOT / "results", (ROOT / "docs/benchmark/results.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -106,6 +106,6 @@ def test_readme_block_equals_the_committed_cells(tmp_path):
     assert put_section(edited, README_SECTION, block) == edited
     files = list(RESULTS.glob("*.jsonl"))
     begin = f"<!-- {README_SECTION}:begin -->"
-    assert (begin in README) == bool(files), "the README shows the committed cells, and nothing else"
+    assert (begin in PAGE) == bool(files), "the page shows the committed cells, and nothing else"
     if files:
-        assert put_section(README, README_SECTION, readme_block(read_cells(RESULTS))) == README
+        assert put_section(PAGE, README_SECTION, readme_block(read_cells(RESULTS))) == PAGE

@@ -129,7 +129,9 @@ def test_unrelated_folder_is_refused_by_hub_and_demo(tmp_path):
         lambda: add_user(tmp_path / "work", "me"),
         lambda: open_workspace(tmp_path / "work").__enter__(),
     ):
-        with pytest.raises(FusionError, match=r"work holds (other files, and no Hub|files that are not a demo's)"):
+        with pytest.raises(
+            FusionError, match=r"work (contains files, but is not a Hub's folder|holds files that are not a demo's)"
+        ):
             attempt()
         assert content(tmp_path / "work") == before
     with open_workspace(tmp_path / "demo"):
