@@ -1,4 +1,4 @@
-"""Keeps what `hf-fusion bench run` measured: results/SUITE.jsonl, the README's table, its pictures in docs/.
+"""Keeps what `hf-fusion bench run` measured: results/SUITE.jsonl, the table in docs/benchmark, its pictures in docs/.
 
 hf-fusion bench run --suite minilm-8 --data DIR --output runs …
 python tests/benchmarks/bench_results.py runs
@@ -29,8 +29,8 @@ def main() -> None:
         write_lines(path, [cell for cell in cells if cell.suite == suite], brief=True)
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.2f} MB")
     kept = read_cells(ROOT / "results")
-    readme = ROOT / "README.md"
-    readme.write_text(put_section(readme.read_text("utf-8"), README_SECTION, readme_block(kept)), "utf-8")
+    page = ROOT / "docs/benchmark/results.md"
+    page.write_text(put_section(page.read_text("utf-8"), README_SECTION, readme_block(kept)), "utf-8")
     for suite in summarise(kept)["suites"]:
         name = SHOWN.get(suite["name"], "")
         if name and (figure := PICTURES[name][0](suite)):

@@ -104,9 +104,11 @@ def test_printed_next_commands_work(folder, ran):
     assert "'score': " in printed  # the pipeline
 
 
-def test_readme_commands_work_after_the_demo(folder, ran):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    printed = run_lines(re.search(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1].splitlines(), folder)
+def test_quickstart_commands_work_after_the_demo(folder, ran):
+    quickstart = (Path(__file__).parents[2] / "docs/quickstart.md").read_text(encoding="utf-8")
+    demo, *lines = re.search(r"^```sh\n(.*?)^```", quickstart, re.MULTILINE | re.DOTALL)[1].splitlines()
+    assert demo == "hf-fusion demo"
+    printed = run_lines(lines, folder)
     assert "swin-scans-low" in printed
     assert "accuracy on 1597 examples" in printed
     assert "Published" in printed
