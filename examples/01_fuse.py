@@ -25,7 +25,7 @@ from hf_fusion.evaluation.plots import plot_accuracy_cost
 
 rows = digits()  # real handwritten digits, from PyPI
 model = fuse("foe", map(digit_expert, EXPERTS), labels=DIGITS, label_maps=LABEL_MAPS)  # ids on the Hub work as well
-fit_fuser(model, rows["fit"], frugal=True)  # learns which experts to trust on what, and which not to query
+fit_fuser(model, rows["fit"], frugal=True)  # learn which expert to trust on which digit, and which to skip
 results = evaluate(model, rows["test"])
 plot_accuracy_cost(results, "accuracy-cost.png")
 model.save_pretrained("fused")  # AutoModel.from_pretrained("fused", trust_remote_code=True) loads it anywhere

@@ -11,10 +11,10 @@ It prints:
     rejected  me/regnet-closed-loops     labels: has other labels: no loop, closed loop
     rejected  me/swin-scans-gated        gated: me/swin-scans-gated is gated (401 Client Error).
     rejected  me/vit-tiny-pickle         pickle: has only pickle weights
-    rejected  me/vit-tiny-voting         custom code: needs its own code to run
+    rejected  me/vit-tiny-voting         custom code: needs its own code to run (config.json: auto_map.AutoConfig is 'modeling_voting_vit.VotingViTConfig')
 
 Weights are not read to judge. The NaN in me/regnet-lookalikes-nan is found, and refused, when it is loaded.
-"""
+"""  # noqa: E501
 
 import tempfile
 from pathlib import Path
