@@ -135,7 +135,7 @@ def test_examples_publish_a_router_from_adapters_without_gates(hub, kennel, tmp_
     rows = [{"prompt": f"the quick fox {i}", "target": "jumps"} for i in range(8)]
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     said = run(hub, tmp_path, str(EXAMPLES / "05_gates.py"), "kennel/bare", "train.parquet")
-    assert re.match(r"gates of 4 linears, loss [\d.]+ → [\d.]+\npushed to kennel/bare at [0-9a-f]{10}\n", said)
+    assert re.match(r"gates of 4 linear layers, loss [\d.]+ → [\d.]+\npushed to kennel/bare at [0-9a-f]{10}\n", said)
 
     said = run(hub, tmp_path, str(EXAMPLES / "04_route.py"), "kennel/base", kennel, "kennel/router")
     assert re.findall(r"^rejected +(\S+) +(\w+): rank 500", said, re.MULTILINE) == [("kennel/huge", "lora")]
