@@ -274,7 +274,7 @@ def _show_next(workspace: Workspace, merged: Path, out: Out) -> None:
     commands = [
         *hub_commands(workspace),
         f"hf-fusion discover --author {workspace.namespace} --base-model {workspace.repo(BASE)} --check --merging",
-        f"hf-fusion fit routers {relative_path(merged)} --data {pictures} --steps 20",
+        f"hf-fusion fit routers {relative_path(merged)} --data {pictures} --steps 20 --overwrite",
         f"hf-fusion eval {relative_path(merged)} --data {pictures}",
         f'python -c \'from transformers import pipeline; ask = pipeline("image-classification", model="{repo}", '
         f'trust_remote_code=True); ask.model.task = "{task}"; print(ask("{picture}", top_k=1))\'',
