@@ -121,6 +121,13 @@ def test_every_public_name_is_described():
     assert sorted(described) == sorted(hf_fusion.__all__)
 
 
+def test_every_error_described_is_raised():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_fusion").rglob("*.py"))
+    described = re.findall(r"^\| `… (.+?)` \|", PAGES["docs/reference/errors.md"], re.MULTILINE)
+    assert len(described) >= 6
+    assert [message for message in described if message not in source] == []
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(f"docs/{page}" for page in listed) == sorted(page for page in PAGES if page != "README.md")

@@ -34,7 +34,7 @@ class Cell:
         seed: of everything random in it; of a method that is not stochastic, that of the run.
         metric: what `score` is.
         status: "failed" and "left out" have a reason and no score.
-        reason: why there is no score.
+        reason: why the method has no score.
         score: 0 to 1, or the metric's own scale.
         ci95: the interval that holds it with 95 %, over rows.
         n: test rows.

@@ -34,7 +34,7 @@ class TaskScore(TypedDict, total=False):
         n: test rows.
         note: why some seeds are missing.
         status: "failed", "left out" or "not run".
-        reason: why there is no score.
+        reason: why the method has no score.
     """
 
     score: float

@@ -360,7 +360,7 @@ def _insert_between_markers(body: str, rendered: str) -> str:
 
 
 def _read_results(results: Results | Mapping[str, Any] | None, folder: Path, family: str) -> dict[str, Any] | None:
-    """The results as plain data, from the argument or from ``results.json``; None if there are none.
+    """The results as plain data, from the argument or from ``results.json``; None if nothing was measured.
 
     Raises:
         FusionError: they were measured on one data set, and those of the family are task by task, or the reverse.

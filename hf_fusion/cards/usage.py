@@ -96,7 +96,7 @@ def _script(
 
 def _call_of(calls: Mapping[str, ModelCall], auto_class: str) -> ModelCall:
     if auto_class not in calls:
-        raise FusionError(f"There is no usage block for {auto_class}.")
+        raise FusionError(f"Usage code for {auto_class} is not supported.")
     return calls[auto_class]
 
 

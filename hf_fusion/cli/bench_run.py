@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     suite = load_suite(args.suite)
     chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
     if missing := [word for word in args.methods if word.endswith(".py") and not Path(word).is_file()]:
-        raise FusionError(f"there is no file {missing[0]}", "--methods FILE.py, or the name of a method")
+        raise FusionError(f"{missing[0]} does not exist", "--methods FILE.py, or the name of a method")
     parse_corruptions(args.corruptions, suite.is_of_images)
     holdouts_named(suite, args.unseen)
 

@@ -150,7 +150,7 @@ def publish_to(workspace: Workspace, folder: Path, name: str, out: Out) -> Publi
     from hf_fusion.publishing.publish import publish
 
     published = publish(folder, workspace.repo(name), private=not workspace.embedded, api=workspace.api)
-    assert published is not None  # there is no confirmation
+    assert published is not None  # the demo does not ask for confirmation
     out.log(f"      {published.url}  at {published.sha[:12]}")
     return published
 

@@ -252,7 +252,7 @@ class Case:
 
     @property
     def head(self) -> Head | None:
-        """Its head: of an adapter as trained; else by architecture, at last by that of an adapter's base."""
+        """The head that an adapter was trained with; else that of the architecture, or of an adapter's base."""
         if self.info.is_adapter and (head := head_of_adapter(self.source.adapter)):
             return head
         base_config = self.base.source.config if self.base and self.base.source else {}

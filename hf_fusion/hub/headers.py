@@ -242,7 +242,7 @@ def _class_of(config: PreTrainedConfig, head: Head) -> tuple[type[PreTrainedMode
     """The class that a head's Auto class builds, and its config: the whole config, or that of the text model.
 
     Raises:
-        ValueError: there is no such class.
+        ValueError: transformers has no such class.
     """
     from transformers.models.auto.auto_factory import _get_model_class
 

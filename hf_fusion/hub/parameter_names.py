@@ -27,7 +27,7 @@ class MetaModel:
     Attributes:
         model: shared between calls, must not be changed; None if transformers cannot build it.
         config: its configuration; None without a model.
-        why: why there is no model, or "".
+        why: the reason why no model was built, or "".
     """
 
     model: PreTrainedModel | None = None

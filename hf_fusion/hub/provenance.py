@@ -41,7 +41,7 @@ def read_recipe(folder: str | Path) -> Recipe:
     """The recipe of the model in a folder: from ``fusion.yaml``, or else from its config.
 
     Raises:
-        FusionError: there is no recipe.
+        FusionError: the folder has no recipe.
     """
     folder = Path(folder)
     config = folder / "config.json"
@@ -60,7 +60,7 @@ def recipe_from_model(model: PreTrainedModel) -> Recipe:
     """The recipe of a model, as set by `fuse` or stored in its config.
 
     Raises:
-        FusionError: there is no recipe.
+        FusionError: the model has no recipe.
     """
     recipe: Recipe | None = getattr(model, RECIPE_ATTRIBUTE, None)
     if recipe is not None:

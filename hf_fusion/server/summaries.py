@@ -65,7 +65,7 @@ def _derived(repo: Repo, sha: str) -> dict[str, Any]:
 
 
 def _read(repo: Repo, sha: str) -> dict[str, Any] | None:
-    """The properties that an earlier process derived from this commit; None if there are none."""
+    """The properties that an earlier process derived from this commit, or None."""
     try:
         kept = json.loads((repo.path / FILE).read_bytes())
         return kept["properties"] if (kept["format"], kept["sha"]) == (FORMAT, sha) else None

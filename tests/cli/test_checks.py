@@ -112,7 +112,7 @@ ERRORS = {
     "bench run --suite minilm-8 --corruptions tpyos": "no corruption 'tpyos'",
     "bench run --suite minilm-8 --unseen nearby": "no unseen split 'nearby'",
     "bench run --suite minilm-8 --data missing": "there is no folder missing",
-    "bench run --suite minilm-8 --methods gone.py": "there is no file gone.py",
+    "bench run --suite minilm-8 --methods gone.py": "gone.py does not exist",
     "hub serve hub --port 70000": "argument --port: 70000 is more than 65535",
     "discover --task text-clasification": "'text-clasification' is not supported|did you mean text-classification?",
     "bench check minilm": "no suite 'minilm'|did you mean minilm-8?",
