@@ -78,11 +78,11 @@ def read_budget(budget: float | None) -> float | None:
     if budget is None:
         return None
     if served().model.config.frugal is None:
-        raise InputError(
-            "This model always queries every expert: it was fitted without frugal=True. Leave the budget out."
-        )
+        raise InputError("This model always queries every expert: it was fitted without frugal=True. Omit the budget.")
     if not 0 < budget <= 1:
-        raise InputError(f"The budget is {budget:g}; it is a share of the experts' cost, above 0 and at most 1.")
+        raise InputError(
+            f"The budget is {budget:g}; it must be above 0 and at most 1, a share of the cost of all experts."
+        )
     return float(budget)
 
 
@@ -112,7 +112,7 @@ def show(value: Any, budget: float | str | None = widgets.ALL) -> tuple[str, str
             routing = ask(example, None if budget in (None, widgets.ALL) else read_budget(float(budget)))
     except InputError as error:
         text = EMPTY[input_kind()] if not value else str(error)
-        title = "Nothing to answer yet" if not value else "That did not work"
+        title = "No input yet" if not value else "Invalid input"
         return message(title, text), "", curve.results_panel(results)
     seen = to_data_url(example) if isinstance(example, Image.Image) and served().digits else None
     urls = served().expert_urls

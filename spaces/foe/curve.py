@@ -41,7 +41,7 @@ def results_panel(results: Results | None, routing: Routing | None = None) -> Ma
     data = f"{results['n']:,} held-out examples" + (f" of {results['dataset']}" if results["dataset"] else "")
     return PANEL.format(
         title=f"{results['metric'].capitalize().replace('_', ' ')} against cost",
-        data=f"{data}, 95 % intervals",
+        data=f"{data}, with 95 % intervals",
         verdict=_verdict(results),
         plot=_plot(results, routing),
         table=_table(results),
@@ -117,7 +117,7 @@ PLOT = Markup(
     '<div class="foe-plot" role="img" aria-label="Score against cost; the table has the numbers">'
     '<div class="scores">{ticks}</div><div class="area">{inside}</div>'
     '<div class="costs"><span>0</span><span>25</span><span>50</span><span>75</span><span>100 %</span></div></div>'
-    '<p class="ui-note">Share of the cost of querying every expert. {note}</p>'
+    '<p class="ui-note">Cost: share of the cost of querying every expert. {note}</p>'
 )
 GRID = Markup('<i class="grid" style="top:{:.2f}%"></i>')
 TICK = Markup('<span class="tick" style="top:{:.2f}%">{}</span>')

@@ -84,7 +84,9 @@ def load(settings: Settings) -> Served:
         model = AutoModel.from_pretrained(source.id, **source.options).eval()
     kinds = set(processor.kinds)
     if len(kinds) > 1:
-        raise LoadError(f"{source.id} takes text and images together; this page supports one of them only.")
+        raise LoadError(
+            f"{source.id} takes a text and an image together; this page supports models of one or the other."
+        )
     model.record_routing = True
     model.config.budget = None  # the budget is set on the page, where "all experts" means no budget
     texts = [row["text"] for row in source.read_widget() if isinstance(row, dict) and isinstance(row.get("text"), str)]
@@ -102,4 +104,4 @@ def load(settings: Settings) -> Served:
 def _check(model_id: str, config: Any) -> None:
     """Checks, before any weights are fetched, that a model is a FoE."""
     if not isinstance(config, dict) or config.get("model_type") != "foe":
-        raise LoadError(f"{model_id} is not a Fusion of Experts: its config.json does not say model_type foe.")
+        raise LoadError(f"{model_id} is not a Fusion of Experts: its config.json does not say model_type: foe.")

@@ -28,10 +28,10 @@ def header(model_id: str, url: str, sha: str, experts: int, labels: int, mode: s
     """Name of the model and one sentence on what it does."""
     who = count(experts, "expert")
     if mode == "selection":
-        does = f"A small network reads the input and selects one of {who} to predict."
+        does = f"A small network reads the input and selects one of {who} to answer it."
     else:
-        does = f"{who}, {count(labels, 'label')}: a small network fuses the experts' predictions into one"
-        does += "; with a budget, it queries only those worth their cost." if frugal else "."
+        does = f"{who} and {count(labels, 'label')}: a small network fuses the experts' predictions into one"
+        does += "; with a budget, it queries only the experts that are worth their cost." if frugal else "."
     return page_header("Fusion of Experts", link(url, model_id, "the model on the Hub"), does, sha)
 
 
@@ -70,7 +70,7 @@ def bars(routing: Routing, probabilities: Sequence[float | None], digits: int = 
             rows.append(bar(label, value, (value - low) / (high - low), kind, digits))
     if others:
         rest = sum(value or 0.0 for index, value in enumerate(probabilities) if index not in set(shown))
-        rows.append(bar(f"{others} others", rest, rest, "", digits))
+        rows.append(bar(f"{others} other labels", rest, rest, "", digits))
     return chart(rows, [routing["labels"][index] for index in shown], (low, (low + high) / 2, high))
 
 
@@ -100,7 +100,7 @@ SEEN = Markup(
 )
 COST = Markup(
     '<div class="foe-cost"><div class="ui-split"><h3>{title}</h3>'
-    "<p data-cost><b>{cost}</b> of the cost of querying all</p></div>{body}</div>"
+    "<p data-cost><b>{cost}</b> of the cost of querying all experts</p></div>{body}</div>"
 )
 PIECE = Markup('<span class="{}" style="flex-grow:{:.4f}" title="{}: {}">{}</span>')
 STEP = Markup("<li><b>{}</b>{} <span>{}</span></li>")
@@ -158,7 +158,7 @@ def fit_bars(routing: Routing) -> Markup:
     """In selection: the chosen expert, and the fuser's score of each expert."""
     ranked = sorted(routing["experts"], key=lambda expert: -expert["score"])
     rows = [bar(short(e["name"]), e["score"], e["score"], "same" if e["order"] else "", 3) for e in ranked]
-    body = Markup('<p class="ui-note">Score of each expert on this input, by the fuser</p>{}').format(
+    body = Markup('<p class="ui-note">Scores of the experts on this input, by the fuser</p>{}').format(
         chart(rows, [short(expert["name"]) for expert in ranked], (0, 0.5, 1))
     )
     title = f"{short(next(e['name'] for e in ranked if e['order']))} was chosen"
@@ -212,7 +212,7 @@ def _expert(expert: Mapping[str, Any], routing: Routing, url: str | None) -> Mar
     elif queried and not routing["labels"]:
         body = Markup('<p class="ui-note">chosen</p>')
     else:
-        word = "no finite output" if queried else "not chosen" if selection else "not queried"
+        word = "output is not finite" if queried else "not chosen" if selection else "not queried"
         body = Markup('<p class="foe-idle">{}</p>').format(word)
     return EXPERT.format(
         idle="" if queried else " idle",

@@ -11,7 +11,7 @@ ALL = "all"  # the budget's value for "all experts"; Gradio would turn null into
 FOLDER = Path(__file__).parent
 
 PAD = """<div class="foe-pad"><canvas width="336" height="336" aria-label="Draw a digit here"></canvas>
-<div class="tools"><span>draw with mouse or finger</span>
+<div class="tools"><span>draw with a mouse or a finger</span>
 <label><input type="file" accept="image/*">Upload</label><button type="button" class="clear">Clear</button></div>
 <p class="ui-kicker">Examples</p><div class="examples">{examples}</div></div>"""
 

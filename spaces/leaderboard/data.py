@@ -138,13 +138,13 @@ def read(path: str, dataset: str, revision: str | None) -> list[Suite]:
         revision: of the data set; None for the newest commit.
 
     Raises:
-        EmptyError: there is neither a file nor the id of a data set, or nothing was measured.
+        EmptyError: there is neither a file nor the id of a data set, or the file contains no measurements.
         BrokenError: it cannot be fetched, or read.
     """
     where = path
     if not Path(path).is_file():
         if not dataset:
-            raise EmptyError(f"There is no file {Path(path).name}, and RESULTS_DATASET is not set.")
+            raise EmptyError(f"There is no file {Path(path).name} beside app.py, and RESULTS_DATASET is not set.")
         where = f"{FILE} of {dataset}"
         try:
             path = hf_hub_download(dataset, FILE, repo_type="dataset", revision=revision)
@@ -156,7 +156,7 @@ def read(path: str, dataset: str, revision: str | None) -> list[Suite]:
         raise BrokenError(f"{Path(where).name if where == path else where} is not JSON: {error}") from error
     suites = parse(content)
     if not any(suite.rows for suite in suites):
-        raise EmptyError(f"{Path(where).name if where == path else where} is there, but nothing was measured.")
+        raise EmptyError(f"{Path(where).name if where == path else where} contains no measurements.")
     return suites
 
 

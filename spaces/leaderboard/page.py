@@ -35,8 +35,9 @@ def header(suites: Sequence[Suite]) -> Markup:
     methods = {row.method for suite in suites for row in suite.rows if row.part == "fused"}
     tasks = sum(len(suite.tasks) for suite in suites)
     summary = (
-        f"{count(len(methods), 'way')} to make one model of many, measured on {count(tasks, 'task')} of "
-        f"{count(len(suites), 'suite')}. Every number has its interval, its recipe and the command that measures it."
+        f"{count(len(methods), 'way')} to fuse many models into one, measured on {count(tasks, 'task')} in "
+        f"{count(len(suites), 'suite')}. Every score comes with its interval, its recipe and the command that "
+        "reproduces it."
     )
     return page_header("FusionBench", TITLE_OF_PAGE, summary)
 
@@ -44,14 +45,15 @@ def header(suites: Sequence[Suite]) -> Markup:
 def empty(why: str) -> Markup:
     """A message that there are no results yet, with the commands that make them."""
     hint = Markup(
-        "<p>Measure; then put results-report/leaderboard.json beside app.py, or publish and set RESULTS_DATASET:</p>{}"
+        "<p>Run the benchmark, then put results-report/leaderboard.json beside app.py, or publish the results and "
+        "set RESULTS_DATASET:</p>{}"
     )
     return page_header("FusionBench", TITLE_OF_PAGE, "") + message("No results yet", why, hint.format(command(HOW)))
 
 
 def broken(why: str) -> Markup:
     """A message that the results cannot be read."""
-    hint = Markup("<p>Write it again: <code>hf-fusion bench report results</code></p>")
+    hint = Markup("<p>Generate the file again: <code>hf-fusion bench report results</code></p>")
     return page_header("FusionBench", TITLE_OF_PAGE, "") + message("The results cannot be read", why, hint)
 
 
@@ -66,8 +68,8 @@ NAV = Markup('<nav class="lb-tabs" aria-label="Views">{}</nav>')
 TAB = Markup('<a href="{href}" data-key="show {key}"{current}>{title}</a>')
 FORM = Markup(
     '<form class="lb-filters" role="search" aria-label="Filters">{hidden}{selects}'
-    '<label><span>Method</span><input type="search" name="find" value="{find}" placeholder="Any name" maxlength="200" '
-    'autocomplete="off" data-key="find"></label>'
+    '<label><span>Method</span><input type="search" name="find" value="{find}" placeholder="Part of a name" '
+    'maxlength="200" autocomplete="off" data-key="find"></label>'
     '<a class="lb-reset" href="{reset}" data-key="reset">Reset</a></form>'
 )
 HIDDEN = Markup('<input type="hidden" name="{}" value="{}">')
@@ -231,7 +233,7 @@ def _cell(cell: Cell, notes: Notes) -> Markup:
 # ---------------------------------------------------------------- a row's recipe
 
 PANEL = Markup(
-    '<div class="lb-recipe"><div><h3>Recipe</h3>{recipe}</div><div><h3>Measure it again</h3>{command}'
+    '<div class="lb-recipe"><div><h3>Recipe</h3>{recipe}</div><div><h3>Reproduce it</h3>{command}'
     "<dl>{facts}</dl></div></div>"
 )
 FACT = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -243,10 +245,10 @@ def recipe(row: Row) -> Markup:
     """A row's recipe, its command, and facts about its measurement."""
     facts = {
         "Seeds": ", ".join(map(str, row.seeds)),
-        "Fusing": f"{row.fuse_cpu_seconds:,.1f} s of CPU time, with fitting, adapting and tuning",
-        "Testing": f"{row.seconds:,.1f} s on clean rows",
-        "Parameters": f"{row.stored / 1e6:,.1f} M stored, {row.active / 1e6:,.1f} M active per example",
-        "Peak": f"{row.peak_bytes / 1e6:,.0f} MB of memory of the process so far",
+        "Fusing": f"{row.fuse_cpu_seconds:,.1f} s of CPU time, including fitting, adapting and tuning",
+        "Testing": f"{row.seconds:,.1f} s on the clean rows of all tasks",
+        "Parameters": f"{row.stored / 1e6:,.1f} million stored, {row.active / 1e6:,.1f} million active per example",
+        "Peak memory": f"{row.peak_bytes / 1e6:,.0f} MB, of the whole process",
         "Machine": row.machine,
         "Versions": ", ".join(f"{name} {version}" for name, version in row.versions.items()),
     }
@@ -285,9 +287,9 @@ def _scalar(value: Any) -> str:
 BOARD = Markup('<div class="lb-board" data-query="{}" data-address="{}">{}{}{}</div>')
 SPLITS = Markup('<div class="lb-splits">{}</div>')
 SPLIT = Markup(
-    '<article class="ui-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested, never fused:</b> {}</p></article>'
+    '<article class="ui-card"><h3>{}</h3><p><b>Fused:</b> {}</p><p><b>Tested but not fused:</b> {}</p></article>'
 )
-NO_MEAN = ("No mean to compare", "The tasks of this suite have no common mean, or none of the rows shown has one.")
+NO_MEAN = ("No mean to compare", "The metrics of this suite cannot be averaged, or no row shown has a mean.")
 NOT_MEASURED = {  # view → title where a suite was not measured for it, and the option that measures it
     "corruptions": ("Corruptions were not measured", "--corruptions all"),
     "unseen": ("Unseen tasks were not measured", "--unseen all"),
@@ -309,7 +311,11 @@ def section(view: View, suite: Suite) -> Markup:
     if not is_measured.get(view.show, True):
         title, option = NOT_MEASURED[view.show]
         command_line = f"hf-fusion bench run --suite {shlex.quote(suite.name)} --data DIR --output results {option}"
-        return message(title, "This command measures them:", command(command_line))
+        return message(
+            title,
+            "Measure them with this command, then generate the report again:",
+            command(command_line),
+        )
     shown, notes = table_of(suite, view), Notes()
     figure = Markup("")
     if view.show == "corruptions":
@@ -323,7 +329,7 @@ def section(view: View, suite: Suite) -> Markup:
     if not shown.lines:
         figure, table_html = (
             Markup(""),
-            NOTHING.format("No method passes these filters.", View(view.suite, view.show).to_query()),
+            NOTHING.format("No method matches these filters.", View(view.suite, view.show).to_query()),
         )
     return SECTION.format(
         said=f"{count(len(shown.lines), 'row')}: {shown.caption}",
@@ -331,7 +337,7 @@ def section(view: View, suite: Suite) -> Markup:
         file=f"{suite.name}-{view.show}.csv",
         csv=base64.b64encode(to_csv(shown).encode()).decode(),
         note=f"{shown.caption} ★ marks the best fused model; "
-        "variants of a method are adjacent and ranked by the better one. Choose a method for its recipe.",
+        "variants of a method are adjacent and ranked by the better one. Select a method to see its recipe.",
         figure=figure,
         table=table_html,
         notes=notes.listed(),

@@ -224,7 +224,7 @@ def cost_plot(table: Table, view: View, size: tuple[str, int, int, int]) -> Mark
     parts += [TEXT.format(kind="tick", x=LEFT - 8, y=y_of(y), anchor="end", text=f"{y:g}") for y in ys]
     parts += [GRID.format(x1=x_of(x), x2=x_of(x), y1=bottom, y2=bottom + 5) for x in xs]
     parts += [TEXT.format(kind="tick", x=x_of(x), y=bottom + 15, anchor="middle", text=f"{x:g}×") for x in xs]
-    title = "Cost: multiplications of a forward, base = 1"
+    title = "Cost: multiplications per forward pass, base = 1"
     parts.append(TEXT.format(kind="title", x=(LEFT + right) / 2, y=height - 8, anchor="middle", text=title))
     if best:
         corners = [at(best[0])]
@@ -249,7 +249,7 @@ def cost_plot(table: Table, view: View, size: tuple[str, int, int, int]) -> Mark
     for k, point in enumerate(points):
         row, cell = point.line.row, point.line.cells[place]
         interval = f" ({cell.interval})" if cell.interval else ""
-        ahead = ", on the front" if point in best else ""
+        ahead = ", on the Pareto front" if point in best else ""
         tip = f"{row.full_title}\n{row.section}{ahead}\nmean {cell.text}{interval}\ncost {point.cost:.2f}"
         colour, path = mark_of(row)
         link = view.to_query(row="" if view.row == row.key else row.key)
@@ -269,7 +269,7 @@ def cost_plot(table: Table, view: View, size: tuple[str, int, int, int]) -> Mark
     for k, (x, y, anchor, _) in labels.items():
         kind = "label ahead" if points[k] in best else "label"
         parts.append(TEXT.format(kind=kind, x=x, y=y, anchor=anchor, text=names[k]))
-    label = f"Accuracy against cost: {len(points)} models, {len(best)} of them on the front"
+    label = f"Accuracy against cost: {len(points)} models, {len(best)} of them on the Pareto front"
     return SVG.format(size=name, width=width, height=height, label=label, body=join(parts))
 
 
@@ -280,7 +280,7 @@ def cost_figure(table: Table, view: View) -> Markup:
     items = [LEGEND_ITEM.format(row.part, *mark_of(row), row.section) for row in rows.values()]
     note = (
         "The line is the Pareto front: no other fused model scores better at the same or a lower cost. Vertical bars: "
-        "95 % intervals of its models. Point at a mark for its numbers; choose it for its recipe."
+        "95 % intervals of the models on it. Hover over a mark to see its numbers; select it to see its recipe."
     )
     return FIGURE.format(join(cost_plot(table, view, size) for size in SIZES), LEGEND.format(join(items), note))
 
@@ -386,7 +386,7 @@ def _panel(
     for (line, (k, value)), y in zip(ended, heights, strict=True):
         parts.append(LEADER.format(x1=x_of(k), y1=y_of(value), x2=right + 14, y2=y))
         parts.append(TEXT.format(kind="end", x=right + 17, y=y, anchor="start", text=str(line.number)))
-    label = f"Mean score under {name.replace('_', ' ')} by severity; the numbers are below"
+    label = f"Mean score under {name.replace('_', ' ')} by severity; the table below has the numbers"
     return SVG.format(size="panel", width=PANEL_WIDTH, height=PANEL_HEIGHT, label=label, body=join(parts))
 
 

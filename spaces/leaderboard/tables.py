@@ -119,7 +119,9 @@ def mean_cell(row: Row, suite: Suite, group: str, condition: str) -> Cell:
         return score_cell(mean, scale(tasks))
     scores = row.scores.get(condition, {})
     missing = [task.name for task in tasks if scores.get(task.name, Score(None)).score is None]
-    reason = f"no score on {', '.join(missing)}" if missing else "these metrics have no common mean, or seeds differ"
+    reason = (
+        f"no score on {', '.join(missing)}" if missing else "these metrics cannot be averaged, or their seeds differ"
+    )
     return Cell(status="no mean", reason=reason)
 
 
@@ -150,11 +152,11 @@ def plain_cell(row: Row, number: float, digits: int = 2) -> Cell:
 
 # ---------------------------------------------------------------- columns of each view
 
-METHOD = Column("method", "Method", "in the order of families", marks=False)
+METHOD = Column("method", "Method", "grouped by family", marks=False)
 COST = Column(
     "cost",
     "Cost",
-    "multiplications of a forward, as a multiple of the base’s",
+    "multiplications per forward pass, as a multiple of the base’s",
     True,
     False,
     lambda r: plain_cell(r, r.cost),
@@ -202,16 +204,16 @@ def _scores(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
         columns.append(
             Column(
                 "experts",
-                "Of experts",
-                "mean as a share of the individual experts’, in %",
+                "% of experts",
+                "mean as a percentage of the individual experts’ mean",
                 of=lambda row: share_cell(row.normalised.get(view.condition, {}).get(main), "no mean to compare"),
             )
         )
     if any(len(row.seeds) > 1 for row in rows):
         columns.append(
-            Column("seeds", "± seeds", "half the range of the mean over seeds", True, False, _spread(suite, view))
+            Column("seeds", "± seeds", "half the range of the mean across seeds", True, False, _spread(suite, view))
         )
-    scores = "Scores in %" if not scale(suite.tasks) else "Shares in %, other metrics unscaled"
+    scores = "Scores in %" if not scale(suite.tasks) else "Shares in %, other metrics on their own scale"
     caption = f"{scores}, with their 95 % interval over the test rows; {condition_title(view.condition).lower()} rows."
     return rows, [*columns, COST], caption
 
@@ -222,7 +224,7 @@ def _spread(suite: Suite, view: View) -> Callable[[Row], Cell]:
     def spread(row: Row) -> Cell:
         mean = row.means.get(view.condition, {}).get(group)
         if mean is None or len(row.seeds) < 2:
-            why = "no mean" if mean is None else "one seed, or not stochastic"
+            why = "no mean" if mean is None else "a single seed, or a deterministic method"
             return Cell(status="none", reason=why)
         metric = scale(suite.tasks_of(view.split, group))
         value = mean.spread if metric else 100 * mean.spread
@@ -243,17 +245,17 @@ def _cost(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
         COST,
         Column("active", "Active, M", f"{millions} active per example", True, False,
                lambda r: plain_cell(r, r.active / 1e6, 1)),
-        Column("stored", "Stored, M", f"{millions} of the model", True, False,
+        Column("stored", "Stored, M", f"{millions} in the whole model", True, False,
                lambda r: plain_cell(r, r.stored / 1e6, 1)),
         Column("fusing", "Fusing, s", "CPU time of fusing, fitting, adapting and tuning", True, False,
                lambda r: plain_cell(r, r.fuse_cpu_seconds, 1)),
-        Column("running", "Testing, s", "time of the evaluation on clean rows of all tasks", True, False,
+        Column("running", "Testing, s", "time to evaluate the clean rows of all tasks", True, False,
                lambda r: plain_cell(r, r.seconds, 1)),
         Column("peak", "Peak, MB", "peak memory of the process", True, False,
                lambda r: plain_cell(r, r.peak_bytes / 1e6, 0)),
     ]  # fmt: skip
     caption = (
-        f"Mean of {condition_title(view.condition).lower()} rows; cost is the multiplications of a forward, base = 1."
+        f"Mean of {condition_title(view.condition).lower()} rows; cost: multiplications per forward pass, base = 1."
     )
     return rows, columns, caption
 
@@ -283,12 +285,12 @@ def _corruptions(suite: Suite, view: View) -> tuple[list[Row], list[Column], str
 
     every = [condition for conditions in kinds.values() for condition in conditions]
     columns = [METHOD]
-    columns.append(Column("drop", "Mean drop", "over all corruptions and severities, in %", True, of=drop(every)))
+    columns.append(Column("drop", "Mean drop", "mean over all corruptions and severities, in %", True, of=drop(every)))
     for name, conditions in kinds.items():
         title = name.replace("_", " ")
         columns.append(Column(f"drop.{name}", title, "mean over severities, in %", True, of=drop(conditions)))
     columns.append(_mean_column(suite, split, HELD_IN, CLEAN, "Clean"))
-    caption = "Relative drop in % against the clean rows of the same tasks, mean over severities: less is better."
+    caption = "Drop relative to the clean rows of the same tasks, in %, averaged over severities; lower is better."
     return rows, columns, caption
 
 
@@ -327,7 +329,7 @@ def _unseen(suite: Suite, view: View) -> tuple[list[Row], list[Column], str]:
                 key = f"{split}.{GROUPS[group]}"
                 title = f"{split}: {GROUPS[group]}"
                 columns.append(Column(key, title, hint, suite.is_lower(tasks), of=mean(split, group)))
-    caption = "Means with their 95 % interval, clean rows; seen: tasks whose experts were fused, unseen: others."
+    caption = "Means with their 95 % interval, on clean rows. Seen: tasks whose experts were fused; unseen: all others."
     caption += " Floors and ceilings do not depend on what is fused."
     return rows, columns, caption
 

@@ -109,7 +109,7 @@ def run(prompt: str) -> Iterator[tuple[Any, ...]]:
                 if not answer.done:
                     yield page.streaming(answer.prompt, answer.text), None, gr.skip(), gr.skip(), gr.skip()
     except InputError as error:
-        title = "That did not work" if prompt.strip() else "Nothing to answer yet"
+        title = "Invalid input" if prompt.strip() else "No prompt yet"
         yield message(title, str(error)), None, "", "", gr.DownloadButton(interactive=False)
         return
     routing = answer.routing
@@ -128,7 +128,7 @@ def inspect(answer: Answer | None, event: gr.EventData) -> str:
     """The routing of the token that was clicked."""
     token = event._data.get("token") if isinstance(event._data, dict) else None
     if answer is None or answer.routing is None:
-        return message("This answer has expired", "Its routing is kept for an hour: run the prompt again.")
+        return message("This answer has expired", "Its routing was kept for an hour: run the prompt again.")
     if not isinstance(token, int) or not 0 <= token < len(answer.routing.pieces):
         raise gr.Error(f"There is no token {token}.")
     return page.inspector(answer.routing, served().names, token)
@@ -151,11 +151,13 @@ def _comparison(answer: Answer, others: list[Writer], texts: dict[Writer, Answer
     names = served().names
     heads: dict[Writer, tuple[str, str]] = {
         BASE: ("Base", "without experts"),
-        MERGED: ("Merged", f"the mean of all {count(len(names), 'expert')}, for every token"),
+        MERGED: ("Merged", f"the mean of all {count(len(names), 'expert')}, used for every token"),
     }
-    rows: list[tuple[str, str, str | None, bool]] = [("PHATGOOSE", "every token to its experts", answer.text, True)]
+    rows: list[tuple[str, str, str | None, bool]] = [
+        ("PHATGOOSE", "each token routed to its experts", answer.text, True)
+    ]
     for writer in others:
-        title, note = heads.get(writer) or (names[int(writer)], "this expert alone, for every token")
+        title, note = heads.get(writer) or (names[int(writer)], "this expert alone, used for every token")
         other = texts.get(writer)
         rows.append((title, note, other.text if other else None, bool(other and other.done)))
     return page.comparison(rows)
@@ -203,7 +205,7 @@ def build() -> gr.Blocks:
             [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
             value=model.best,
             label="Expert alone",
-            info="The initial choice is the expert with the best measured score." if model.measured else None,
+            info="Preselected: the expert with the best measured score." if model.measured else None,
         )
         comparison = gr.HTML("", apply_default_css=False)
 

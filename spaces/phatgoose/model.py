@@ -204,7 +204,7 @@ def load(settings: Settings) -> Served:
 def _check(model_id: str, config: Any) -> None:
     """Checks, before any weights are fetched, that a model is a router of a causal language model."""
     if not isinstance(config, dict) or config.get("model_type") != "phatgoose":
-        raise LoadError(f"{model_id} is not a PHATGOOSE router: its config.json does not say model_type phatgoose.")
+        raise LoadError(f"{model_id} is not a PHATGOOSE router: its config.json does not say model_type: phatgoose.")
     if (head := config.get("head", "causal-lm")) != "causal-lm":
         raise LoadError(f"{model_id} has a head for {head}; this page needs a causal language model.")
 

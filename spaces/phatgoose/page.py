@@ -21,7 +21,7 @@ MOST_COLUMNS = MOST_COLOURED  # experts with their own column in a heat map
 def header(model_id: str, url: str, sha: str, experts: int, linears: int, top_k: int) -> Markup:
     """Name of the model and one sentence on what it does."""
     does = (
-        f"{count(experts, 'expert')} on one language model: every token is routed at each of"
+        f"{count(experts, 'expert')} of one language model: every token is routed at each of"
         f" {count(linears, 'linear layer')} to the {count(top_k, 'expert')} whose gates match it best."
     )
     return page_header("PHATGOOSE", link(url, model_id), does, sha)
@@ -42,8 +42,8 @@ TOKEN = Markup(
 SILENT = Markup('<span title="{title}" {look}>{piece}</span>{end}')
 BREAK = Markup('<i class="pg-break"></i>')
 LEGEND = Markup(
-    '<div class="pg-legend"><ul>{rows}</ul><p class="ui-note">Colour: the dominant expert over all linear layers,'
-    " the stronger the more weight"
+    '<div class="pg-legend"><ul>{rows}</ul><p class="ui-note">Colour: the expert with the most weight over'
+    " all linear layers, stronger for a larger weight"
     ' <label><input type="checkbox">Show the experts\' numbers</label></p></div>'
 )
 LEGEND_ROW = Markup("<li>{badge}{name}</li>")
@@ -66,7 +66,7 @@ def answer(routing: Routing, names: Sequence[str], chosen: int) -> Markup:
     dominant = sorted({top[0] for top in tops if top})
     rows = [LEGEND_ROW.format(badge=badge(expert), name=names[expert]) for expert in dominant]
     if None in tops:
-        rows.append(Markup('<li><b class="ui-expert none">–</b>not read again, so not routed</li>'))
+        rows.append(Markup('<li><b class="ui-expert none">–</b>not read by the model, so not routed</li>'))
     return ANSWER.format(
         busy="false",
         prompt=join(tokens[: routing.prompt]),
@@ -85,7 +85,10 @@ def _token(routing: Routing, index: int, top: tuple[int, float] | None, names: S
         piece = Markup("<small>{}</small>").format(piece)
     if top is None:
         return SILENT.format(
-            title="the last token: generated, but not read again", look=look(None), piece=piece, end=end
+            title="the last token: generated, but not read by the model",
+            look=look(None),
+            piece=piece,
+            end=end,
         )
     expert, share = top
     title = f"{expert + 1} {names[expert]}, {percent(share)} of the weight"
@@ -213,8 +216,8 @@ def kind_names(kinds: Iterable[str]) -> dict[str, str]:
 OVERVIEW = Markup(
     '<section class="ui-section ui-pair"><div class="ui-card"><h2>Expert usage</h2><p class="ui-note">Share of all'
     ' routing weight, over prompt and answer</p><ul class="pg-bars">{usage}</ul></div>'
-    '<div class="ui-card"><h2>Entropy by layer</h2><p class="ui-note">How evenly a layer spread these tokens over the'
-    " experts, in nats: 0 is one expert for all, {most:.2f} all {experts} equally</p>{plot}</div></section>"
+    '<div class="ui-card"><h2>Entropy by layer</h2><p class="ui-note">How evenly a layer spreads these tokens over the'
+    " experts, in nats: 0 means one expert for all tokens, {most:.2f} all {experts} equally</p>{plot}</div></section>"
 )
 BAR = Markup(
     '<li>{badge}<span class="name" title="{name}">{name}</span>'
@@ -240,7 +243,9 @@ def overview(routing: Routing, names: Sequence[str]) -> Markup:
     longest = max(routing.usage)
     bars = [_bar(badge(e), names[e], routing.usage[e], longest, e) for e in shown]
     if rest:
-        bars.append(_bar(Markup("<b></b>"), f"{len(rest)} others", sum(routing.usage[e] for e in rest), longest, None))
+        bars.append(
+            _bar(Markup("<b></b>"), f"{len(rest)} other experts", sum(routing.usage[e] for e in rest), longest, None)
+        )
     entropy = routing.layer_entropy()
     columns = [
         COLUMN.format(name=_layer_name(layer), label=label, value=value, height=100 * min(value / most, 1))

@@ -120,7 +120,7 @@ def run(*arguments: Any) -> tuple[str, str, tuple[Example, int | None] | None]:
         model.check(example)
     except InputError as error:
         empty = not any(inputs)
-        return message("Nothing to answer yet", EMPTY[model.kind]) if empty else _failed(error), "", None
+        return message("No input yet", EMPTY[model.kind]) if empty else _failed(error), "", None
     [answer] = _answers([example], task_index or 0, ROUTED)
     assert answer.coefficients is not None
     head = "" if task_index is None else model.names[task_index]
@@ -158,7 +158,7 @@ def _answers(examples: list[Example], task: int, weights: Weights) -> list[Answe
 
 
 def _failed(error: InputError) -> str:
-    return message("That did not work", str(error))
+    return message("Invalid input", str(error))
 
 
 def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
@@ -170,7 +170,7 @@ def run_batch(lines: Any, file: Any, task: Any) -> tuple[Any, Any]:
         else:
             examples = batch.read_csv(file) if file else batch.read_lines(lines)
         if not examples:
-            return message("Nothing to answer yet", "Enter some inputs first, one per line or as files."), nothing
+            return message("No input yet", "Enter some inputs, one per line or as files."), nothing
         if len(examples) > (most := MOST_ROWS[model.kind]):
             raise InputError(f"There are {len(examples):,} inputs; at most {most:,} are allowed.")
         task_index = task_index_of(task)
@@ -232,7 +232,7 @@ def _task(model: Served) -> gr.components.Component:
         [(f"{number} {name}", number - 1) for number, name in enumerate(model.names, 1)],
         value=task_index_of(model.examples[0].task if model.examples else None),
         label="Task",
-        info="Its classification head is used",
+        info="The expert whose classification head is used",
     )
 
 
@@ -289,7 +289,11 @@ def _inputs(model: Served, first: Example) -> list[Any]:
     if language:
         return [text]
     pair = gr.Textbox(
-        first.pair, label="Second text", info="For tasks on pairs; otherwise empty", lines=1, max_length=MOST_CHARACTERS
+        first.pair,
+        label="Second text",
+        info="For tasks on pairs of texts; leave empty otherwise",
+        lines=1,
+        max_length=MOST_CHARACTERS,
     )
     return [text, pair]
 
@@ -321,7 +325,7 @@ def _many_inputs(model: Served) -> None:
             if model.kind == "image":
                 file = gr.File(label="Pictures", file_count="multiple", file_types=["image"], height=180)
             else:
-                tab = "Put a tab before a second text; or use" if model.kind == "text" else "Or use"
+                tab = "Separate a second text by a tab; or upload" if model.kind == "text" else "Or use"
                 start = "\n".join("\t".join(filter(None, (e.text, e.pair))) for e in model.examples)
                 lines = gr.Textbox(start, label="Texts, one per line", info=f"{tab} a CSV file below", lines=8)
                 columns = "text and text_pair" if model.kind == "text" else "text"
@@ -330,7 +334,7 @@ def _many_inputs(model: Served) -> None:
             download = gr.DownloadButton("Download the table (CSV)", size="sm", interactive=False)
         with gr.Column(scale=8, min_width=300):
             most = f"At most {MOST_ROWS[model.kind]:,} are allowed."
-            empty = message("Nothing to answer yet", "Enter some inputs, then run.", most)
+            empty = message("No input yet", "Enter some inputs, then select Run all.", most)
             table = gr.HTML(empty, apply_default_css=False)
     button.click(
         run_batch,

@@ -35,7 +35,7 @@ def read_csv(path: str | Path) -> list[Example]:
         reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
         columns = list(reader.fieldnames or [])
         if "text" not in columns:
-            raise InputError(f"That file has the columns {', '.join(columns) or 'none'}; it needs one called text.")
+            raise InputError(f"That file has the columns {', '.join(columns) or 'none'}; it needs one named text.")
         rows = [(row["text"] or "", row.get("text_pair") or "") for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"That file is not CSV in UTF-8: {error}.") from error

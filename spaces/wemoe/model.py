@@ -260,10 +260,10 @@ def load(settings: Settings) -> Served:
 def _check(model_id: str, config: Any) -> None:
     """Checks, before any weights are fetched, that a model is a WEMoE that the page can show."""
     if not isinstance(config, dict) or config.get("model_type") != "wemoe":
-        raise LoadError(f"{model_id} is not a WEMoE: its config.json does not say model_type wemoe.")
+        raise LoadError(f"{model_id} is not a WEMoE: its config.json does not say model_type: wemoe.")
     head = config.get("head", "features")
     if head not in HEADS:
-        raise LoadError(f"{model_id} is a model for {head}; this page shows {', '.join(HEADS)}.")
+        raise LoadError(f"{model_id} is a model for {head}; this page supports {', '.join(HEADS)}.")
 
 
 def read_examples(content: Any, folder: Path) -> list[Example]:

@@ -26,13 +26,13 @@ def header(model_id: str, url: str, sha: str, experts: int, layers: int, smile: 
     """Name of the model and one sentence on what it does."""
     if smile:
         summary = (
-            f"{count(experts, 'expert')} of one base: in {count(layers, 'layer')} every token is routed to the nearest"
-            " experts."
+            f"{count(experts, 'expert')}, fine-tunes of one base: in {count(layers, 'layer')} every token is"
+            " routed to the nearest experts."
         )
     else:
         summary = (
-            f"{count(experts, 'expert')} of one base in one model: {count(layers, 'layer')} are merged per input,"
-            " with coefficients that routers predict from the input."
+            f"{count(experts, 'expert')}, fine-tunes of one base, in one model: {count(layers, 'layer')} are"
+            " merged per input, with coefficients that routers predict from the input."
         )
     return page_header("SMILE" if smile else "WEMoE", link(url, model_id), summary, sha)
 
@@ -128,8 +128,8 @@ def others(
         note = "the expert of this task" if is_of_task else "its own head" if task is not None else "alone"
         cards.append(_card(expert, names[expert], note, answer, is_of_task))
     note = (
-        "An expert alone has coefficient 1 in every layer that is merged, all others 0"
-        f"{', and predicts with its own head' if task is not None else ''}; the rest of the model is unchanged."
+        "For an expert alone its coefficient is 1 and all others are 0, in every layer that is merged"
+        f"{'; it predicts with its own head' if task is not None else ''}; the rest of the model is unchanged."
     )
     return OTHERS.format(note=note, cards=join(cards))
 
@@ -188,8 +188,7 @@ def table(
     ]
     return TABLE.format(
         title=count(len(rows), "answer"),
-        note="and the mean coefficient of each expert, over the layers"
-        + (f"; with the head of {head}" if head else ""),
+        note="and the mean coefficient of each expert over the layers" + (f"; with the head of {head}" if head else ""),
         head=join(head_cell(expert, name) for expert, name in enumerate(names)),
         rows=join(rows),
         foot=FOOT.format(last),
@@ -254,7 +253,7 @@ def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int
         EXPERT.format(
             badge=badge(index),
             name=link(urls.get(row["name"]), row["name"]),
-            about=" · ".join([row.get("license") or "no license named", *_labels(row)]),
+            about=" · ".join([row.get("license") or "no licence given", *_labels(row)]),
         )
         for index, row in enumerate(config.experts)
     ]
@@ -267,7 +266,7 @@ def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int
         routers=adaptation(config),
         layers=", ".join(summary["units"]),
         experts=join(experts),
-        base=f"All made from {config.base['id']}" if config.base.get("id") else "",
+        base=f"All fine-tuned from {config.base['id']}" if config.base.get("id") else "",
     )
 
 
@@ -285,18 +284,16 @@ def _labels(row: Mapping[str, Any]) -> list[str]:
 def adaptation(config: Any) -> str:
     """How the routers were adapted, in one sentence."""
     if config.routing == "smile":
-        return (
-            "There are none: each token is routed to the experts onto whose leading singular vectors it projects most."
-        )
+        return "None: each token goes to the experts onto whose leading singular vectors its projection is largest."
     how = getattr(config, "adaptation", None)
     if not how:
         return (
-            f"Not adapted: every coefficient is about {config.scaling:g} whatever the input, "
+            f"Not adapted: every coefficient is about {config.scaling:g} for every input, "
             "so the model predicts as task arithmetic does."
         )
     rows = sum(how["rows"].values())
     summary = (
-        "Adapted to labels"
+        "Adapted with labels"
         if how["loss"] == "labels"
         else "Adapted without labels, by minimising the entropy of predictions"
     )

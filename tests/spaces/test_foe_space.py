@@ -302,7 +302,7 @@ for revision, agreed in [(None, False), ("{texts.sha}", False), (None, True), ("
         print(error, any("transformers_modules" in name for name in sys.modules))
 print(model.load(model.Settings("{texts.id}", "{texts.sha}", True)).kind)
 """
-    said = f"{texts.id} runs its own code on this page: read it, then set TRUST_REMOTE_CODE=true"
+    said = f"{texts.id} comes with code that would run in this Space: read it, then set TRUST_REMOTE_CODE=true"
     printed = alone("foe", code).splitlines()
     assert printed[-5:-1] == [f"{said} and MODEL_REVISION={texts.sha}. False"] * 4
     assert printed[-1] == "text"

@@ -102,7 +102,7 @@ def test_invalid_summary_is_reported(space, tmp_path):
         with pytest.raises(space.data.BrokenError, match=re.escape(said)):
             space.data.read(str(path), "", None)
     path.write_text('{"suites": []}')
-    with pytest.raises(space.data.EmptyError, match="nothing was measured"):
+    with pytest.raises(space.data.EmptyError, match="contains no measurements"):
         space.data.read(str(path), "", None)
     with pytest.raises(space.data.EmptyError, match="There is no file other.json"):
         space.data.read(str(tmp_path / "other.json"), "", None)
@@ -127,7 +127,7 @@ def test_unknown_query_values_fall_back_to_defaults(space, suites):
     view, suite = space.view.View.from_query(query, suites)
     default = space.view.View("minilm-8", find="y" * 200, sort="x\ufffd", row="x\ufffd")
     assert view == default and suite is suites[0]
-    assert "No method passes these filters" in space.page.board(suites, query)
+    assert "No method matches these filters" in space.page.board(suites, query)
 
 
 # ---------------------------------------------------------------- tables

@@ -174,7 +174,7 @@ def test_recipes_plots_and_a_strangers_texts_in_the_browser(url, summary, visit)
         mark = page.locator(f"svg.{picture} .point[data-key$='wemoe.default']")
         mark.focus()
         mean = row["means"]["clean"]["held-in"]
-        said = f"WEMoE\nMixtures, on the front\nmean {100 * mean['score']:.1f} ("
+        said = f"WEMoE\nMixtures, on the Pareto front\nmean {100 * mean['score']:.1f} ("
         tip = page.locator(".lb-tip")
         assert tip.text_content().startswith(said) and tip.text_content().endswith("cost 1.90")
         page.keyboard.press("Escape")

@@ -118,7 +118,7 @@ def test_tokens_have_their_experts_colour_number_and_share(page, made):
     ]
     assert re.findall(r'tabindex="(-?\d)"', html) == ["-1", "0", "-1"]
     assert "<small>&lt;s&gt;</small>" in html and 'a<i class="pg-break"></i>\nb</span>' in html
-    assert html.count("not read again") == 2  # the last token's title and the legend
+    assert html.count("not read by the model") == 2  # the last token's title and the legend
     assert re.findall(r'data-number="(\d)"', html) == ["1", "3", "3"]
     legend = html[html.index("pg-legend") :]
     assert "sport" in legend and "law" in legend and "art" not in legend  # nowhere dominant
@@ -158,7 +158,7 @@ def test_many_experts_are_summed(page, routing, made):
     assert float(re.findall(r">(\.\d+)</td></tr>", html)[0]) == pytest.approx(
         float(many.weight[0, 0, 16:].sum()), abs=0.01
     )
-    assert "4 others" in page.overview(many, names) and "20.0 %" in page.overview(many, names)
+    assert "4 other experts" in page.overview(many, names) and "20.0 %" in page.overview(many, names)
 
 
 def test_usage_is_sorted_and_entropy_has_a_table(page, made):

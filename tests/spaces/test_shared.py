@@ -39,8 +39,8 @@ def test_code_runs_by_consent_and_wrong_settings_are_named(space_modules, space,
     (tmp_path / "config.json").write_text(json.dumps(SERVED[space]))
     folder = str(tmp_path)
     for settings, said in (
-        (model.Settings(folder), "runs its own code on this page: read it, then set TRUST_REMOTE_CODE=true"),
-        (model.Settings(folder, trusted=True, template="Hi"), "PROMPT_TEMPLATE is 'Hi'; it needs a {}"),
+        (model.Settings(folder), "code that would run in this Space: read it, then set TRUST_REMOTE_CODE=true"),
+        (model.Settings(folder, trusted=True, template="Hi"), "PROMPT_TEMPLATE is 'Hi'; put {} where"),
         (model.Settings("no id at all/"), "neither a folder nor a model id"),
     ):
         with pytest.raises(model.LoadError, match=said):

@@ -77,7 +77,7 @@ def test_inputs_are_read_from_lines_and_csv(space, tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"sentence,label\nx,1\n", "has the columns sentence, label; it needs one called text"),
+        (b"sentence,label\nx,1\n", "has the columns sentence, label; it needs one named text"),
         (b"", "has the columns none"),
         (b"text\n\xff\xfe\n", "not CSV in UTF-8"),
         (b'text\n"open', "not CSV in UTF-8"),
@@ -251,8 +251,8 @@ def test_the_parts_have_numbers_and_shares(space):
     ]
     assert "10,000 parameters, 2.5 MB" in html
     assert "as low-rank products, which keep 85.0 % of their energy" in html
-    assert '<a href="http://hub/me/a"' in html and "mit · x, y, z, … (4)" in html and "no license named" in html
-    assert "Not adapted: every coefficient is about 0.3" in html and "All made from me/base" in html
+    assert '<a href="http://hub/me/a"' in html and "mit · x, y, z, … (4)" in html and "no licence given" in html
+    assert "Not adapted: every coefficient is about 0.3" in html and "All fine-tuned from me/base" in html
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_the_parts_have_numbers_and_shares(space):
             {"loss": "entropy"},
             "Adapted without labels, by minimising the entropy of predictions: 1,000 steps on 5 rows of 2 tasks.",
         ),
-        ({"loss": "labels"}, "Adapted to labels: 1,000 steps"),
+        ({"loss": "labels"}, "Adapted with labels: 1,000 steps"),
         ({"loss": "entropy", "stopped": "a narrowed"}, "Stopped early: a narrowed"),
     ],
 )

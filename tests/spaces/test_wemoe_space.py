@@ -158,7 +158,7 @@ def test_parts_add_up_to_the_whole(served, reference):
     ("config", "problem"),
     [
         ({"model_type": "bert"}, "is not a WEMoE"),
-        ({"model_type": "wemoe", "head": "features"}, "is a model for features; this page shows sequence-class"),
+        ({"model_type": "wemoe", "head": "features"}, "is a model for features; this page supports sequence-class"),
         (None, "is not a WEMoE"),
     ],
 )
@@ -384,7 +384,7 @@ def test_answers_and_coefficients_in_the_browser(url, reference, visit, tmp_path
     (tmp_path / "rows.csv").write_text("sentence\nx\n")
     upload(page, tmp_path / "rows.csv")
     page.get_by_role("button", name="Run all").click()
-    page.locator(".ui-message", has_text="it needs one called text").wait_for()
+    page.locator(".ui-message", has_text="it needs one named text").wait_for()
 
     page.get_by_role("tab", name="Parts").click()
     page.get_by_text("Merged once: everything else").wait_for()

@@ -80,4 +80,4 @@ def refused() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise gr.Error(str(error), title="That did not work") from error
+        raise gr.Error(str(error), title="Invalid input") from error

@@ -26,14 +26,17 @@ COMMIT = re.compile("[0-9a-f]{40}")
 TEXTS = ("*.json", "README.md")  # files that are read before the weights
 # type of error → message; the first that matches is used
 REASONS: list[tuple[type[Exception], str]] = [
-    (GatedRepoError, "{id} is gated: accept its terms with the account behind this Space's HF_TOKEN."),
+    (GatedRepoError, "{id} is gated: accept its terms with the account that this Space's HF_TOKEN belongs to."),
     (
         RepositoryNotFoundError,
-        "There is no model {id} that this Space can see. A private one needs the secret HF_TOKEN.",
+        "There is no model {id} that this Space can read. If it is private, add a token as the secret HF_TOKEN.",
     ),
-    (RevisionNotFoundError, "{id} has no revision {revision}."),
+    (RevisionNotFoundError, "{id} has no revision {revision}: correct MODEL_REVISION."),
     (HFValidationError, "{id!r} is neither a folder nor a model id; an id looks like owner/name."),
-    (LocalEntryNotFoundError, "{endpoint} does not answer. Restart the Space once {id} can be fetched from there."),
+    (
+        LocalEntryNotFoundError,
+        "{endpoint} does not answer. Restart the Space when it is reachable again, to load {id}.",
+    ),
 ]
 
 
@@ -122,7 +125,7 @@ def published(settings: Settings, check: Callable[[str, Any], None], files: Sequ
         check(model_id, source.read_json("config.json"))
         refuse_code(model_id, revision, source.sha, settings.trusted)
         if template and "{}" not in template:
-            raise LoadError(f"PROMPT_TEMPLATE is {template!r}; it needs a {{}} where the prompt goes.")
+            raise LoadError(f"PROMPT_TEMPLATE is {template!r}; put {{}} where the prompt goes.")
         yield source
     except LoadError:
         raise
@@ -148,7 +151,9 @@ def refuse_code(model_id: str, revision: str | None, sha: str, agreed: bool) -> 
     if agreed and (not sha or COMMIT.fullmatch(revision or "")):
         return
     pin = f" and MODEL_REVISION={sha}" if sha else ""
-    raise LoadError(f"{model_id} runs its own code on this page: read it, then set TRUST_REMOTE_CODE=true{pin}.")
+    raise LoadError(
+        f"{model_id} comes with code that would run in this Space: read it, then set TRUST_REMOTE_CODE=true{pin}."
+    )
 
 
 def on_device(model: Any) -> Any:
