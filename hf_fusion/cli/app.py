@@ -22,8 +22,8 @@ from hf_fusion.progress import reporting
 COMMANDS = {
     "discover": "find experts on the Hub and check which are compatible",
     "fuse": "fuse several experts into one model",
-    "fit": "train the router of a fused model, or an adapter's gates",
-    "eval": "evaluate a fused model next to its experts",
+    "fit": "train the fuser or routers of a fused model, or the gates of an adapter",
+    "eval": "evaluate a fused model beside its experts and baselines",
     "bench": "benchmark fusion methods on suites of tasks",
     "publish": "push a fused model and its card to the Hub",
     "hub": "run a Hub on this machine",
@@ -39,7 +39,7 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Their progress bars too: `hf_fusion.progress` reports phases instead.
+# Turns off their progress bars too: `hf_fusion.progress` reports phases instead.
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 
@@ -104,7 +104,7 @@ def build_parser(wanted: str | None = None) -> Parser:
     """The parser: all commands with their help line, and the arguments of the command `wanted`."""
     parser = Parser(
         prog="hf-fusion",
-        description="Fuses fine-tuned models and LoRA adapters from the Hugging Face Hub into one better model.",
+        description="Fuse fine-tuned models and LoRA adapters from the Hugging Face Hub into one better model.",
         epilog="Start here:  hf-fusion demo",
     )
     parser.add_argument("--version", action="version", version=f"hf_fusion {__version__}")
@@ -115,7 +115,7 @@ def build_parser(wanted: str | None = None) -> Parser:
             chosen = commands.add_parser(name, help=line, description=module.__doc__, examples=module.EXAMPLES)
             module.add_arguments(chosen)
             add_common(chosen)
-        else:  # its module is not imported, so that the start is fast
+        else:  # its module is not imported, so that the command starts fast
             commands.add_parser(name, help=line)
     return parser
 

@@ -1,4 +1,4 @@
-"""FusionBench: run fusion methods on suites of tasks, report and publish the results."""
+"""FusionBench: run fusion methods on suites of tasks; report and publish the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from hf_fusion.cli.output import Out
 EXAMPLES = (
     ("hf-fusion bench suites", "all suites"),
     ("hf-fusion bench run --suite minilm-8 --data DIR --output results", "all methods on one suite"),
-    ("hf-fusion bench run --suite vision-6 --methods static wemoe --seeds 0 1 2 --corruptions all:3 …", "a selection"),
+    (
+        "hf-fusion bench run --suite vision-6 --methods static wemoe --seeds 0 1 2 --corruptions all:3",
+        "some methods, with three seeds and corrupted inputs",
+    ),
     ("hf-fusion bench report results", "tables and figures of the results"),
 )
 # action → its help; its module in this folder, bench_ACTION, has EXAMPLES, add_arguments(parser) and
@@ -22,7 +25,7 @@ ACTIONS = {
     "check": "check which models and data sets of a suite are available",
     "run": "evaluate methods on a suite's tasks; resumes after an interruption",
     "report": "write tables and figures of the results",
-    "publish": "push results as a data set, and into the cards of fused models",
+    "publish": "push the results as a data set, and add the scores to the cards of fused models",
 }
 
 

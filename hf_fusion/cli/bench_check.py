@@ -12,14 +12,14 @@ from hf_fusion.progress import phase
 
 EXAMPLES = (
     ("hf-fusion bench check clip-vit-base-patch32", "every id of a suite, with its newest commit"),
-    ("hf-fusion bench check minilm-8 --data DIR --format json", "what exists of a suite with local experts"),
+    ("hf-fusion bench check minilm-8 --data DIR --format json", "what is available of a suite with local experts"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the suite and the folder of its data."""
     parser.add_argument("suite", metavar="SUITE", help="a suite's name, or the path of its YAML file")
-    parser.add_argument("--data", metavar="DIR", help="folder with one folder per data set, for local suites")
+    parser.add_argument("--data", metavar="DIR", help="folder that contains one folder per data set, for local suites")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     unavailable = [row for row in found if row.status != "there"]
     if unavailable:
         raise FusionError(
-            f"{len(unavailable)} of the {len(found)} models and data sets of {suite.name} are not available, first "
-            f"{unavailable[0].source}: {unavailable[0].reason}",
+            f"{len(unavailable)} of the {len(found)} models and data sets of {suite.name} are not available; "
+            f"the first is {unavailable[0].source}: {unavailable[0].reason}",
             hint=unavailable[0].hint or None,
         )
     data = f" --data {args.data}" if args.data else ""

@@ -1,4 +1,4 @@
-"""Push results to the Hub as a data set, and the scores into the cards of fused models."""
+"""Push results to the Hub as a data set, and add the scores to the cards of fused models."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from hf_fusion.progress import phase
 
 EXAMPLES = (
     ("hf-fusion bench publish results me/results --dry-run", "the plan; nothing is uploaded"),
-    ("hf-fusion bench publish results me/results --models ties:tuned=me/ties", "also into the card of me/ties"),
+    (
+        "hf-fusion bench publish results me/results --models ties:tuned=me/ties",
+        "the scores are also added to the card of me/ties",
+    ),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the results, the data set and the fused models."""
-    parser.add_argument("folder", metavar="DIR", help="results: the folder of a run, or .jsonl files, or one such file")
+    parser.add_argument(
+        "folder", metavar="DIR", help="results: the folder of a run, a folder of .jsonl files, or one .jsonl file"
+    )
     parser.add_argument("repo", metavar="REPO", help="owner/name of the data set; created if missing")
     parser.add_argument(
         "--models", nargs="+", default=(), metavar="METHOD=OWNER/NAME",
-        help="fused models whose cards get the scores of a method (METHOD:tuned: of the tuned method)",
+        help="fused models whose cards get the scores of METHOD (METHOD:tuned: those of the tuned method)",
     )  # fmt: skip
-    parser.add_argument("--public", action="store_true", help="a new data set is public (default: private)")
-    parser.add_argument("--overwrite", action="store_true", help="drop cells of REPO that DIR does not have")
+    parser.add_argument("--public", action="store_true", help="make a new data set public (default: private)")
+    parser.add_argument("--overwrite", action="store_true", help="remove cells of REPO that DIR does not contain")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
 
 

@@ -11,14 +11,16 @@ from hf_fusion.progress import phase
 
 EXAMPLES = (
     ("hf-fusion bench report runs/minilm-8", "the report is written to runs/minilm-8-report"),
-    ("hf-fusion bench report results --output report --format json", "prints the summary as JSON"),
+    ("hf-fusion bench report results --output report --format json", "print the summary as JSON"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the results and the folder of the report."""
-    parser.add_argument("folder", metavar="DIR", help="results: the folder of a run, or .jsonl files, or one such file")
-    parser.add_argument("--output", metavar="DIR", help="folder of the report (default: DIR-report)")
+    parser.add_argument(
+        "folder", metavar="DIR", help="results: the folder of a run, a folder of .jsonl files, or one .jsonl file"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for the report (default: DIR-report)")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -30,7 +32,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
     source = Path(args.folder)
     folder = Path(args.output) if args.output else source.with_name(f"{source.resolve().stem}-report")
     if folder.resolve() == source.resolve() or source.resolve() in folder.resolve().parents:
-        raise FusionError(f"a report in {folder} would be read as results of {source}", "--output another folder")
+        raise FusionError(
+            f"a report in {folder} would be read as results of {source}", "name a folder outside it: --output DIR"
+        )
     cells = read_cells(source)
     with phase("Writing tables and figures"):
         summary = write_report(cells, folder)

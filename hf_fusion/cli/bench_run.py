@@ -1,4 +1,4 @@
-"""Evaluate methods on the tasks of a suite. Existing cells are kept, and failed ones record the error."""
+"""Evaluate methods on the tasks of a suite. Existing cells are kept; a cell that fails records its error."""
 
 from __future__ import annotations
 
@@ -26,17 +26,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add suite, methods, data and sampling."""
     add = parser.add_argument
     add("--suite", required=True, metavar="NAME", help="a suite's name, or the path of its YAML file")
-    add("--methods", nargs="+", default=["all"], metavar="NAME", help="methods, families, static, or all (default)")
-    add("--data", metavar="DIR", help="folder with one folder per data set, for local suites")
-    add("--output", default="results", metavar="DIR", help="folder of the results (default: results)")
+    add(
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help="methods, families, FILE.py, static, or all (default)",
+    )
+    add("--data", metavar="DIR", help="folder that contains one folder per data set, for local suites")
+    add("--output", default="results", metavar="DIR", help="folder for the results (default: results)")
     add("--seeds", nargs="+", type=SEED, default=[0], metavar="N", help="seeds of stochastic methods (default: 0)")
-    add("--corruptions", nargs="+", default=[], metavar="NAME", help="all, NAME, NAME:SEVERITY or all:SEVERITY")
-    add("--unseen", nargs="+", default=[], metavar="SPLIT", help="splits into seen and unseen tasks, or all")
-    add("--limit", type=COUNT, default=500, metavar="N", help="test rows of each task (default: 500)")
-    add("--tuned-on", type=COUNT, default=100, metavar="N", help="validation rows of each task (default: 100)")
+    add(
+        "--corruptions", nargs="+", default=[], metavar="NAME",
+        help="also evaluate on corrupted test rows: NAME, NAME:SEVERITY, all or all:SEVERITY",
+    )  # fmt: skip
+    add(
+        "--unseen", nargs="+", default=[], metavar="SPLIT",
+        help="also evaluate on tasks whose experts are held out, by these splits of the suite, or all",
+    )  # fmt: skip
+    add("--limit", type=COUNT, default=500, metavar="N", help="maximum test rows per task (default: 500)")
+    add("--tuned-on", type=COUNT, default=100, metavar="N", help="maximum validation rows per task (default: 100)")
     add("--batch-size", type=COUNT, default=BATCH_SIZE, metavar="N", help="rows per batch (default: 16)")
-    add("--device", metavar="NAME", help="default: chosen by accelerate")
-    add("--allow-pickle", action="store_true", help="read .bin weights of trusted experts without safetensors")
+    add("--device", metavar="NAME", help="device to run on (default: chosen by accelerate)")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="read pickle weights (.bin), which can run code, where an expert has no safetensors",
+    )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:

@@ -47,11 +47,13 @@ def read_model_config(folder: str) -> dict[str, Any]:
     path = Path(folder)
     recover_folder(path)
     if not path.is_dir():
-        raise FusionError(f"there is no folder {folder}", "check the path, or make one: hf-fusion fuse … --output DIR")
+        raise FusionError(
+            f"there is no folder {folder}", "check the path, or make a model: hf-fusion fuse … --output DIR"
+        )
     config = path / "config.json"
     if not config.is_file() and not (path / RECIPE_FILE).is_file():
         raise FusionError(
-            f"{folder} is not a model's folder: no config.json", "hf-fusion fuse … --output DIR makes one"
+            f"{folder} is not a model's folder: it has no config.json", "make a model: hf-fusion fuse … --output DIR"
         )
     return read_json(config, folder) if config.is_file() else {}
 
@@ -124,7 +126,7 @@ def check_known_columns(
     names = " and no ".join(" or ".join(group) for group in dict.fromkeys(missing))
     raise FusionError(
         f"{source} has the columns {', '.join(columns)}, but no {names}",
-        "name the right one, see --help, or rename it in the data",
+        "name the right column by an option (see --help), or rename it in the data",
     )
 
 
@@ -150,7 +152,7 @@ def check_folder(name: str | None, option: str) -> None:
         FusionError: it does not.
     """
     if name is not None and not Path(name).is_dir():
-        raise FusionError(f"there is no folder {name}", f"{option} DIR")
+        raise FusionError(f"there is no folder {name}", f"check the path: {option} DIR")
 
 
 def check_repo(name: str) -> None:

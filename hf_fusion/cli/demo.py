@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demos = {name: family.demo for name, family in FAMILIES.items() if family.demo}
     shown = "; ".join(f"{name}: {demo.shows}" for name, demo in demos.items())
     parser.add_argument("demo", nargs="?", default="foe", choices=demos, metavar="DEMO", help=f"{shown} (default: foe)")
-    parser.add_argument("--folder", default="demo", metavar="DIR", help="folder of all files (default: demo)")
+    parser.add_argument("--folder", default="demo", metavar="DIR", help="folder for all files (default: demo)")
     parser.add_argument("--real-hub", action="store_true", help="use the Hub at HF_ENDPOINT instead of an embedded one")
     parser.add_argument("--namespace", metavar="NAME", help="owner of the repos (default on the embedded Hub: demo)")
-    parser.add_argument("--yes", action="store_true", help="with --real-hub: create the repos there")
+    parser.add_argument("--yes", action="store_true", help="with --real-hub: confirm that repos are created there")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:

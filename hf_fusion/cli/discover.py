@@ -23,17 +23,24 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the filters and the compatibility check."""
-    parser.add_argument("--tag", action="append", metavar="TAG", help="repos with this tag (default: hf-fusion-expert)")
+    parser.add_argument(
+        "--tag", action="append", metavar="TAG", help="repos with this tag; may be repeated (default: hf-fusion-expert)"
+    )
     parser.add_argument("--author", help="repos of this user or organisation")
     parser.add_argument("--base-model", metavar="ID", help="experts fine-tuned from this model")
     parser.add_argument("--task", help="pipeline tag, for example text-classification")
-    parser.add_argument("--collection", metavar="SLUG", help="models of this collection")
-    parser.add_argument("--id", action="append", metavar="ID", help="this repo; may be repeated")
-    parser.add_argument("--limit", type=COUNT, metavar="N", help="at most N repos")
+    parser.add_argument("--collection", metavar="SLUG", help="models in this collection")
+    parser.add_argument("--id", action="append", metavar="ID", help="the repo with this id; may be repeated")
+    parser.add_argument("--limit", type=COUNT, metavar="N", help="list at most N repos")
     parser.add_argument(
         "--check", action="store_true", help="check which experts are compatible, and why others are not"
     )
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="with --check: the allowed labels of experts")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="with --check: only experts that predict no other labels than these",
+    )
     parser.add_argument("--gates", action="store_true", help="with --check: only adapters with PHATGOOSE gates")
     parser.add_argument(
         "--merging",
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     )
     if not args.check:
         out.table(experts.table() if out.mode != "quiet" else [{"id": info.pinned} for info in experts])
-        out.hint("hf-fusion discover --check …  checks which of them are compatible")
+        out.hint("check which of them are compatible: hf-fusion discover … --check")
         return
     verdict = check_compatibility(
         experts,

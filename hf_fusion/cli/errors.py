@@ -22,7 +22,8 @@ def explain(error: Exception, command: str) -> FusionError:
         if kind.__name__ in _EXPLANATIONS:
             return _EXPLANATIONS[kind.__name__](error, command)
     return FusionError(
-        f"unexpected {type(error).__name__}: {_first_line(error)}", f"hf-fusion {command} … --debug shows where"
+        f"unexpected {type(error).__name__}: {_first_line(error)}",
+        f"show where it happened: hf-fusion {command} … --debug",
     )
 
 
@@ -35,15 +36,19 @@ def _repo(error: Exception) -> str:
 
 
 def _no_repo(error: Exception, command: str) -> FusionError:
-    return FusionError(f"the Hub has no {_repo(error)}, or it is private", "hf auth whoami, and check the id")
+    return FusionError(
+        f"the Hub has no {_repo(error)}, or it is private", "check the id; a private repo needs: hf auth login"
+    )
 
 
 def _gated(error: Exception, command: str) -> FusionError:
-    return FusionError(f"{_repo(error)} is gated", "accept its terms on its page, then: hf auth login")
+    return FusionError(f"{_repo(error)} is gated", "accept the terms on its page on the Hub, then: hf auth login")
 
 
 def _no_revision(error: Exception, command: str) -> FusionError:
-    return FusionError(f"{_repo(error)} has no such revision", "omit @revision for the newest commit")
+    return FusionError(
+        f"{_repo(error)} has no such revision", "check the part after @, or omit it for the newest commit"
+    )
 
 
 def _no_token(error: Exception, command: str) -> FusionError:
@@ -68,7 +73,9 @@ def _unreachable(error: Exception, command: str) -> FusionError:
 def _missing_module(error: ImportError, command: str) -> FusionError:
     if library := missing_library(error):
         return FusionError(f"{command} needs {library}, which is not installed", f"pip install {library}")
-    return FusionError(f"an import failed: {_first_line(error)}", f"hf-fusion {command} … --debug shows where")
+    return FusionError(
+        f"an import failed: {_first_line(error)}", f"show where it happened: hf-fusion {command} … --debug"
+    )
 
 
 def _system(error: OSError, command: str) -> FusionError:

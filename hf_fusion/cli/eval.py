@@ -1,4 +1,4 @@
-"""Evaluate a fused model next to its experts and simpler baselines; writes results.json."""
+"""Evaluate a fused model beside its experts and simpler baselines, and write results.json."""
 
 from __future__ import annotations
 
@@ -31,20 +31,27 @@ if TYPE_CHECKING:
     from hf_fusion.recipe import Recipe
 
 EXAMPLES = (
-    ("hf-fusion eval fused --data test.parquet", "on a file"),
-    ("hf-fusion eval fused --data me/rows --split test --format json", "on a Hub data set; prints JSON"),
+    ("hf-fusion eval fused --data test.parquet", "on the rows of a file"),
+    (
+        "hf-fusion eval fused --data me/rows --split test --format json",
+        "on a data set on the Hub; the results are printed as JSON",
+    ),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the data and their columns."""
     parser.add_argument("folder", metavar="MODEL_DIR", help="a fused model's folder; results.json is written into it")
-    parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
-    parser.add_argument("--split", default="test", help="of a folder or Hub data set (default: test)")
-    parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
-    parser.add_argument("--expert-column", metavar="NAME", help="column of the domains' experts (default: expert)")
-    parser.add_argument("--task-column", metavar="NAME", help="column of the tasks (default: task); not for a FoE")
-    add_consent(parser, "the model's folder, and of experts that its fusion.yaml pins")
+    parser.add_argument(
+        "--data", required=True, help="a Parquet, CSV or JSON file, a folder, or a data set's id on the Hub"
+    )
+    parser.add_argument("--split", default="test", help="split of a folder or a data set on the Hub (default: test)")
+    parser.add_argument("--label-column", metavar="NAME", help="column with the label (default: label)")
+    parser.add_argument(
+        "--expert-column", metavar="NAME", help="column with the expert of the row's domain (default: expert)"
+    )
+    parser.add_argument("--task-column", metavar="NAME", help="column with the task (default: task); not for a FoE")
+    add_consent(parser, "the model's folder and of the experts that its fusion.yaml pins")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="N", help="examples per step (default: 32)")
 
 
@@ -53,7 +60,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     config = read_model_config(args.folder)
     family = family_of_config(config)
     if args.task_column and family and not family.by_task:
-        raise FusionError(f"{family.title} is evaluated on one data set", "omit --task-column")
+        raise FusionError(f"{family.title} is evaluated on one data set, not task by task", "omit --task-column")
     if family and family.map:
         need("plots", f"hf-fusion eval of a model of the family {family.name}")
     needed = columns_to_evaluate(config, args.label_column or "label")
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     metric, shown = (results.tasks[0].metric, "") if results.pooled else (None, ", with 95 % intervals")
     title = f"{metric or 'right answers in %'} on {len(rows)} examples{shown}"
     out.table(results.table(), title=title, key=metric, data=asdict(results))
-    out.log(f"Written to {path}")
+    out.log(f"The results were written to {path}")
     out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
 
 

@@ -27,25 +27,31 @@ from hf_fusion.types import ModelRef
 
 FUSER_EXAMPLES = (
     ("hf-fusion fit fuser fused --data train.parquet --frugal", "fit the fuser, and learn to run fewer experts"),
-    ("hf-fusion fit fuser fused --data me/rows --split train --by loss", "select by least loss, on a Hub data set"),
+    (
+        "hf-fusion fit fuser fused --data me/rows --split train --by loss",
+        "learn to select the expert with the lowest loss",
+    ),
 )
 GATES_EXAMPLES = (
-    ("hf-fusion fit gates my-adapter --data train.parquet", "train an adapter's PHATGOOSE gates, into its folder"),
+    (
+        "hf-fusion fit gates my-adapter --data train.parquet",
+        "train an adapter's PHATGOOSE gates, and save them in its folder",
+    ),
     (
         "hf-fusion fit gates me/my-adapter --data me/rows --push",
-        "the same for an adapter on the Hub, added to its repo",
+        "the same for an adapter on the Hub; the gates are added to its repo",
     ),
     (
         "hf-fusion fit gates you/adapter --data rows.parquet --kind average --output gates",
-        "gates without training, for an adapter of another owner",
+        "gates without training, for somebody else's adapter",
     ),
 )
 ROUTERS_EXAMPLES = (
     (
         "hf-fusion fit routers fused --data unlabelled.parquet",
-        "adapt a WEMoE's routers; the column task names the expert",
+        "adapt a WEMoE's routers without labels; the column task names the expert",
     ),
-    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "train them on labels instead"),
+    ("hf-fusion fit routers fused --data rows.parquet --loss labels", "train the routers on labels instead"),
 )
 EXAMPLES = (*FUSER_EXAMPLES, *GATES_EXAMPLES, *ROUTERS_EXAMPLES)
 CHECKPOINTS = "gate_checkpoints"  # in the output folder while gates are trained
@@ -62,78 +68,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fuser(fuser: argparse.ArgumentParser) -> None:
-    fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder written by hf-fusion fuse, which is updated")
+    fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; the fit is saved in it")
     _add_data(fuser)
     fuser.add_argument("--frugal", action="store_true", help="also learn to predict with fewer experts")
     fuser.add_argument(
         "--by",
         choices=("domain", "loss"),
         default="domain",
-        help="with selection: target is the domain's expert, or the one of least loss",
+        help="which expert a fuser in selection mode learns to choose: the domain's, or the one with the lowest loss",
     )
-    fuser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: label)")
-    fuser.add_argument("--expert-column", metavar="NAME", help="column of the domains (default: expert)")
+    fuser.add_argument("--label-column", metavar="NAME", help="column with the label (default: label)")
+    fuser.add_argument("--expert-column", metavar="NAME", help="column with the domain's expert (default: expert)")
 
 
 def _add_gates(gates: argparse.ArgumentParser) -> None:
     gates.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or owner/name on the Hub")
     _add_data(gates)
-    gates.add_argument("--base", metavar="ID", help="base of the adapter, instead of the recorded one")
+    gates.add_argument("--base", metavar="ID", help="the adapter's base model, instead of the recorded one")
     gates.add_argument(
-        "--kind", choices=("trained", "average"), default="trained", help="average: mean inputs, without training"
+        "--kind",
+        choices=("trained", "average"),
+        default="trained",
+        help="trained (default), or average: the mean input of each linear layer, without training",
     )
     gates.add_argument(
         "--reference",
         metavar="DATA",
-        help="rows of all domains: gates then read whitened inputs",
+        help="rows of all domains; the gates then read inputs that are whitened by these rows",
     )
     gates.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
-    gates.add_argument("--learning-rate", type=POSITIVE, metavar="X", help="default: 0.005, with --reference 0.0001")
+    gates.add_argument("--learning-rate", type=POSITIVE, metavar="X", help="default: 0.005; with --reference: 0.0001")
     gates.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="examples per step (default: 16)")
-    gates.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens per example (default: 512)")
+    gates.add_argument(
+        "--max-length", type=COUNT, default=512, metavar="N", help="maximum tokens per example (default: 512)"
+    )
     gates.add_argument("--output", metavar="DIR", help="folder for the gates (default: the adapter's folder)")
     gates.add_argument("--push", action="store_true", help="add the gates to the adapter's repo, tags and card")
 
 
 def _add_routers(routers: argparse.ArgumentParser) -> None:
-    routers.add_argument("folder", metavar="MODEL_DIR", help="a folder written by hf-fusion fuse, which is updated")
-    _add_data(routers)
-    routers.add_argument("--task-column", metavar="NAME", help="column of the tasks, named as experts (default: task)")
     routers.add_argument(
-        "--expert-column", metavar="NAME", help="column of the tasks' experts (default: expert, if any)"
+        "folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; the fit is saved in it"
+    )
+    _add_data(routers)
+    routers.add_argument(
+        "--task-column", metavar="NAME", help="column with the task, named like its expert (default: task)"
+    )
+    routers.add_argument(
+        "--expert-column", metavar="NAME", help="column with the task's expert, if the names differ (default: expert)"
     )
     routers.add_argument(
         "--loss",
         choices=("expert", "entropy", "labels"),
         default="expert",
-        help="imitate the task's expert, or minimise entropy (the paper), both without labels; or use labels",
+        help="imitate the task's expert (default), minimise entropy (as in the paper), or learn from labels, which "
+        "the others do not need",
     )
     routers.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
-    routers.add_argument("--learning-rate", type=POSITIVE, default=5e-4, metavar="X", help="default: 0.0005")
     routers.add_argument(
-        "--batch-size", type=COUNT, default=16, metavar="N", help="rows of each task per step (default: 16)"
+        "--learning-rate", type=POSITIVE, default=5e-4, metavar="X", help="learning rate (default: 0.0005)"
     )
-    routers.add_argument("--max-length", type=COUNT, default=512, metavar="N", help="tokens per row (default: 512)")
+    routers.add_argument(
+        "--batch-size", type=COUNT, default=16, metavar="N", help="rows per task and step (default: 16)"
+    )
+    routers.add_argument(
+        "--max-length", type=COUNT, default=512, metavar="N", help="maximum tokens per row (default: 512)"
+    )
     routers.add_argument(
         "--diversity",
         type=at_least(0, float),
         metavar="X",
-        help="weight of the entropy of the mean prediction (default: 1; 0: the paper)",
+        help="weight in the loss of the entropy of the mean prediction (default: 1; in the paper: 0)",
     )
     routers.add_argument(
         "--tolerance",
         type=at_least(0, float),
         metavar="X",
-        help="stop if effective classes, or agreement with the expert, drop by more (default: 0.1)",
+        help="stop when the effective number of classes, or the agreement with the expert, falls by more than this "
+        "share (default: 0.1)",
     )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="a parquet, csv or json file, a folder, or a Hub data set's id")
-    parser.add_argument("--split", default="train", help="of a folder or Hub data set (default: train)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier fit, and its results")
-    add_consent(parser, "the folder, or a model pinned to a commit")
-    parser.add_argument("--seed", type=SEED, default=0, help="same seed, same weights (default: 0)")
+    parser.add_argument(
+        "--data", required=True, help="a Parquet, CSV or JSON file, a folder, or a data set's id on the Hub"
+    )
+    parser.add_argument("--split", default="train", help="split of a folder or a data set on the Hub (default: train)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier fit and the results measured with it"
+    )
+    add_consent(parser, "a local folder or of a model that is pinned to a commit")
+    parser.add_argument(
+        "--seed", type=SEED, default=0, help="random seed; the same seed gives the same weights (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -155,8 +182,8 @@ def _refuse_refit(args: argparse.Namespace) -> None:
     found += ["evaluated (results.json)"] if (folder / "results.json").exists() else []
     if found:
         raise FusionError(
-            f"{args.folder} was {' and '.join(found)} already, which fitting replaces",
-            f"--overwrite, or fit another: hf-fusion fuse {args.folder} --output OTHER",
+            f"{args.folder} was already {' and '.join(found)}, and fitting would replace that",
+            f"add --overwrite, or fit another copy: hf-fusion fuse {args.folder} --output OTHER",
         )
 
 
@@ -169,7 +196,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
             f"{args.folder} was made by {made}: it has no fuser", f"hf-fusion fuse --method {family.name} …"
         )
     if args.frugal and config.get("mode") == "selection":
-        raise FusionError("--frugal does not apply to selection, which runs one expert", "omit --frugal")
+        raise FusionError("--frugal does not apply to the mode selection, which runs one expert", "omit --frugal")
     label, expert = args.label_column or "label", args.expert_column or "expert"
     needed = columns_to_fit(config, args.by, label, expert)
     named = (args.label_column, args.expert_column)
@@ -206,7 +233,10 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         raise FusionError(f"{args.adapter} is a folder, not a repo", "hf-fusion fit gates owner/name --data … --push")
     if folder is None and not args.push:
         again = f"hf-fusion fit gates {args.adapter} --data {args.data}"
-        raise FusionError("the gates need a target", f"{again} --output DIR, or --push")
+        raise FusionError(
+            f"{args.adapter} is a repo, so the command must say where to save the gates",
+            f"{again} --output DIR, or --push",
+        )
 
     check_models([args.adapter, args.base])
     needed = columns_of_adapter(args.adapter) if is_folder else ()
@@ -221,7 +251,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     if folder:
         refuse_gates(folder, args.overwrite)
     if args.push and not args.overwrite and GATES_FILE in resolve(args.adapter).sizes:
-        raise FusionError(f"{args.adapter} has gates already: {GATES_FILE}", "--overwrite replaces them")
+        raise FusionError(f"{args.adapter} already has gates: {GATES_FILE}", "add --overwrite to replace them")
     rows = load_rows(args.data, args.split)
     check_known_columns(rows.column_names, args.data, needed)
 

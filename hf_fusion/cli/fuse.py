@@ -22,46 +22,68 @@ EXAMPLES = (
     ("hf-fusion fuse --method foe --experts me/low me/high --output fused", "a Fusion of Experts"),
     ("hf-fusion fuse --method phatgoose --experts me/sums me/sorting --output fused", "LoRA experts, routed by gates"),
     ("hf-fusion fuse --method ties --base me/base --experts me/a me/b --set density=0.3 --output merged", "a merge"),
-    ("hf-fusion fuse recipe.yaml --output merged --dry-run", "cost of a recipe (ours or mergekit's)"),
-    ("hf-fusion fuse fusion.yaml --output fused --push me/fused", "fuse by a recipe and publish"),
+    ("hf-fusion fuse recipe.yaml --output merged --dry-run", "the cost of a recipe, ours or mergekit's"),
+    ("hf-fusion fuse fusion.yaml --output fused --push me/fused", "fuse from a recipe, then publish"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add recipe, or method and experts; output and publishing."""
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, a folder with one, or a mergekit file"
+        "recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, a folder that contains one, or a mergekit recipe"
     )
-    parser.add_argument("--method", help="fusion method, without a recipe")
-    parser.add_argument("--experts", nargs="+", default=[], metavar="ID", help="owner/name[@revision], or folders")
-    parser.add_argument("--base", metavar="ID", help="base of the experts; for adapters, instead of the recorded one")
+    parser.add_argument("--method", help="fusion method, instead of a recipe")
+    parser.add_argument("--experts", nargs="+", default=[], metavar="ID", help="owner/name[@revision] or folders")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, in YAML"
+        "--base", metavar="ID", help="base model of the experts; for adapters, instead of the recorded one"
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the fused model")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights if there are no safetensors")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method, with its value in YAML; may be repeated",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype of the fused model (default: that of the experts)",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pickle weights (.bin), which can run code, where an expert has no safetensors",
+    )
     add_consent(parser, "experts and bases that are folders or pinned to a commit")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the model to")
-    parser.add_argument("--overwrite", action="store_true", help="replace another model in DIR or REPO")
-    parser.add_argument("--push", metavar="REPO", help="then publish it with its card as owner/name; checked first")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in DIR or REPO")
+    parser.add_argument(
+        "--push", metavar="REPO", help="publish the model with its card as owner/name; access is checked before fusing"
+    )
     parser.add_argument(
         "--push-experts", action="store_true", help="with --push: first push experts that are local folders"
     )
     merging = parser.add_argument_group("static merges")
-    merging.add_argument("--dry-run", action="store_true", help="only print what it would read and write, and its cost")
-    merging.add_argument("--threads", type=COUNT, metavar="N", help="tensors merged at a time (default: one per core)")
-    merging.add_argument("--device", default="cpu", help="device of methods on whole matrices: cpu, cuda or cuda:N")
     merging.add_argument(
-        "--shard-gb", type=POSITIVE, default=5.0, metavar="GB", help="maximum size of a file in GB (default: 5)"
+        "--dry-run", action="store_true", help="only print what would be read and written, and the cost"
+    )
+    merging.add_argument(
+        "--threads", type=COUNT, metavar="N", help="tensors merged in parallel (default: one per core)"
+    )
+    merging.add_argument(
+        "--device", default="cpu", help="device for methods that work on whole matrices: cpu (default), cuda or cuda:N"
+    )
+    merging.add_argument(
+        "--shard-gb", type=POSITIVE, default=5.0, metavar="GB", help="maximum size of a weights file in GB (default: 5)"
     )
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Fuse, save and optionally publish."""
     if bool(args.recipe) == bool(args.method or args.experts):
-        raise FusionError("name a recipe, or a method and its experts", "hf-fusion fuse --help")
+        raise FusionError("give either a recipe, or a method and its experts", "hf-fusion fuse --help")
     if not args.recipe and not (args.method and args.experts):
-        raise FusionError("--method and --experts need each other", "hf-fusion fuse --help")
+        raise FusionError("--method and --experts must be given together", "hf-fusion fuse --help")
 
     if args.push_experts and not args.push:
         raise FusionError("--push-experts needs --push", "--push OWNER/NAME --push-experts")
@@ -76,7 +98,9 @@ def run(args: argparse.Namespace, out: Out) -> None:
         refuse_to_replace(args.output, args.overwrite)
     if args.recipe:
         if args.set:
-            raise FusionError("--set needs --method; options of a recipe are in its file", "write it under parameters:")
+            raise FusionError(
+                "--set needs --method: a recipe contains its options", f"write them under parameters: in {args.recipe}"
+            )
         recipe = read_recipe(args.recipe) if Path(args.recipe).is_dir() else load_recipe(args.recipe)
         recipe = replace(recipe, base=args.base or recipe.base, dtype=args.dtype or recipe.dtype)
     else:
@@ -106,7 +130,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
         except FusionError as error:
             retry = f"hf-fusion publish {args.output} {args.push}"
             raise FusionError(
-                error.message, f"{error.hint or 'see above'}; {args.output} is complete: {retry}"
+                error.message, f"{error.hint or 'see above'}; the model in {args.output} is complete: {retry}"
             ) from error
         if pushed is not None:
             out.result("Published", url=pushed.url, revision=pushed.sha)
@@ -122,7 +146,9 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     else:
         family_method(recipe.method, {name: value for name, value in recipe.parameters.items() if name != "task"})
         if args.dry_run:
-            raise FusionError(f"--dry-run is for static merges; {recipe.method} loads its experts", "omit --dry-run")
+            raise FusionError(
+                f"--dry-run works for static merges only; {recipe.method} loads its experts", "omit --dry-run"
+            )
     check_models([recipe.base, *(expert.model for expert in recipe.experts)])
     if args.push:
         check_repo(args.push)

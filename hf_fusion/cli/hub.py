@@ -1,4 +1,4 @@
-"""Run a Hub on this machine, for offline work and tests; the usual clients work with it."""
+"""Run a Hub on this machine, for offline work and tests; the usual clients work with it unchanged."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ EXAMPLES = (SERVE_EXAMPLES[0], USER_EXAMPLES[0])
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions serve and user."""
     actions: _Actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    server = _action(actions, "serve", "serve until interrupted", SERVE_EXAMPLES)
+    server = _action(actions, "serve", "serve a folder as a Hub until interrupted", SERVE_EXAMPLES)
     server.add_argument("folder", metavar="DIR", help="folder of the Hub; created if missing")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    server.add_argument("--port", type=at_least(0, most=65535), default=0, help="default: any free one")
-    user = _action(actions, "user", "print a new token for a user; also while the server runs", USER_EXAMPLES)
+    server.add_argument(
+        "--port", type=at_least(0, most=65535), default=0, help="port to listen on (default: any free port)"
+    )
+    user = _action(actions, "user", "print a new token for a user; the server may be running", USER_EXAMPLES)
     user.add_argument("folder", metavar="DIR", help="the Hub's folder")
     user.add_argument("name", metavar="NAME", help="the user; created if missing")
 
@@ -49,12 +51,12 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     if args.action == "user":
         out.dict({"token": add_user(args.folder, args.name), "user": args.name})
-        out.hint("store it: it is not shown again.  export HF_TOKEN=…")
+        out.hint("store the token, which is not shown again: export HF_TOKEN=…")
         return
 
     def ready(endpoint: str) -> None:
-        out.result("The Hub is up", endpoint=endpoint, folder=args.folder)
+        out.result("The Hub is running", endpoint=endpoint, folder=args.folder)
         out.hint(f"export HF_ENDPOINT={endpoint}")
-        out.log("Ctrl+C stops it.")
+        out.log("Press Ctrl+C to stop it.")
 
     serve(args.folder, args.host, args.port, on_ready=ready)

@@ -85,10 +85,12 @@ def at_least(least: float, kind: type[int] | type[float] = int, above: bool = Fa
 
     def convert(word: str) -> float:
         value = kind(word)
-        if not (value > least if above else value >= least) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{word} is not {'above' if above else 'at least'} {least:g}")
+        if value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{word} is not finite")
+        if not (value > least if above else value >= least):
+            raise argparse.ArgumentTypeError(f"{word} must be {'greater than' if above else 'at least'} {least:g}")
         if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{word} is more than {most}")
+            raise argparse.ArgumentTypeError(f"{word} must be at most {most}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # argparse puts it into its error message
@@ -105,9 +107,9 @@ def add_consent(parser: argparse.ArgumentParser, models: str) -> None:
 
     Args:
         parser: the command's.
-        models: whose code may run, for the help.
+        models: the models whose code may run, for the help.
     """
-    text = f"run custom code of {models} if transformers lacks the class; read it first (default: never)"
+    text = f"where transformers lacks the class, run the custom code of {models}; read it first (default: never run it)"
     parser.add_argument("--trust-remote-code", action="store_true", help=text)
 
 

@@ -1,4 +1,4 @@
-"""Push a fused model and its card to the Hub: prints the plan, asks, then pushes. New repos are private by default."""
+"""Show the plan, ask, then push a fused model and its card to the Hub. New repos are private by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_fusion.progress import phase
 
 EXAMPLES = (
     ("hf-fusion publish fused me/fused --dry-run", "the plan and the card; nothing is uploaded"),
-    ("hf-fusion publish fused me/fused --public --yes", "publicly, without asking"),
+    ("hf-fusion publish fused me/fused --public --yes", "push to a public repo, without asking"),
 )
 
 
@@ -21,16 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the repo and the confirmation."""
     parser.add_argument("folder", metavar="DIR", help="a fused model's folder")
     parser.add_argument("repo", metavar="REPO", help="owner/name; created if missing")
-    parser.add_argument("--public", action="store_true", help="a new repo is public (default: private)")
-    parser.add_argument("--license", metavar="ID", help="licence of the model, if the experts' cannot be combined")
+    parser.add_argument("--public", action="store_true", help="make a new repo public (default: private)")
+    parser.add_argument(
+        "--license", metavar="ID", help="licence of the model, if those of the experts cannot be combined"
+    )
     parser.add_argument(
         "--push-experts",
         action="store_true",
-        help="first push experts and bases that are folders (default: name them, with the sha256 of their content)",
+        help="first push experts and bases that are local folders (default: name them by the SHA-256 of their content)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace another model in REPO")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in REPO")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the card, and stop")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
 def _confirm(summary: dict[str, object], command: str, out: Out) -> None:
     if out.mode != "human" or not sys.stdin.isatty():
-        raise FusionError(f"the push to {summary['repo']} needs a confirmation, and stdin is not a terminal", command)
+        raise FusionError(f"the push to {summary['repo']} needs confirmation, but stdin is not a terminal", command)
     out.dict(summary)
     if input("Push? [y/N] ").strip().lower() not in ("y", "yes"):
         raise FusionError("not pushed", command)

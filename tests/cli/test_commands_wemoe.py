@@ -64,7 +64,7 @@ def test_fuse_fit_and_eval_write_everything_for_the_card(here, folders, tmp_path
     assert (found["tasks"], found["experts"]) == (["foxes", "dogs"], ["foxes", "dogs"])
     assert (tmp_path / "fused" / "coefficients.png").stat().st_size > 5_000
     assert "deviates" not in said
-    with pytest.raises(FusionError, match=r"fused was adapted and evaluated \(results.json\) already"):
+    with pytest.raises(FusionError, match=r"fused was already adapted and evaluated \(results.json\)"):
         here("fit", "routers", "fused", "--data", str(folders / "rows"))
     assert (tmp_path / "fused" / "results.json").exists()
     labelled = here(

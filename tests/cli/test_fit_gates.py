@@ -104,7 +104,10 @@ def test_gates_go_into_the_adapters_repo(hf_fusion, hub, place):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("me/adapter", "--data", "rows.jsonl"), "the gates need a target"),
+        (
+            ("me/adapter", "--data", "rows.jsonl"),
+            "so the command must say where to save the gates",
+        ),
         (("adapter", "--data", "rows.jsonl", "--push"), "adapter is a folder, not a repo"),
         (("adapter", "--data", "other.jsonl"), "no prompt and no target"),
         (("base", "--data", "rows.jsonl"), "base is a full model: only LoRA adapters have gates"),

@@ -88,10 +88,10 @@ def test_fitted_fuser_is_refitted_only_with_the_option(here, rows, tmp_path):
     here(*words)
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["fitted"]
     before = content(tmp_path / "fused")
-    with pytest.raises(FusionError, match="fused was fitted already, which fitting replaces"):
+    with pytest.raises(FusionError, match="fused was already fitted, and fitting would replace that"):
         here(*words)
     here("eval", "fused", "--data", str(rows), "--split", "train")
-    with pytest.raises(FusionError, match=r"fused was fitted and evaluated \(results.json\) already"):
+    with pytest.raises(FusionError, match=r"fused was already fitted and evaluated \(results.json\)"):
         here(*words)
     assert before.items() <= content(tmp_path / "fused").items()
     here(*words, "--overwrite")
@@ -117,7 +117,7 @@ def test_gates_are_overwritten_only_with_the_option(hub, here, hf_fusion, loras,
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token("keeper")}
     done = hf_fusion("fit", "gates", "keeper/lora-0", "--base", "keeper/llama", *words[3:], "--push", **home)
     assert done.returncode == 1
-    assert "keeper/lora-0 has gates already" in done.stderr
+    assert "keeper/lora-0 already has gates" in done.stderr
 
 
 def test_unrelated_folder_is_refused_by_hub_and_demo(tmp_path):
