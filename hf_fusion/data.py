@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_fusion.errors import FusionError, one_line
+from hf_fusion.errors import FusionError, listed, one_line, path_suggestion, suggestion
 from hf_fusion.io.files import refuse_special
 from hf_fusion.progress import phase
 
@@ -59,7 +59,9 @@ def _load(source: str | Path, split: str, path: Path | None) -> Dataset:
     except (DatasetNotFoundError, FileNotFoundError):
         raise FusionError(
             f"{source} is not a file, a folder with data, or a data set on the Hub",
-            "--data FILE.parquet, or a folder with train.parquet and test.parquet, or owner/name",
+            path_suggestion(
+                source, "--data FILE.parquet, or a folder with train.parquet and test.parquet, or owner/name"
+            ),
         ) from None
 
 
@@ -74,16 +76,18 @@ def _find_local(source: str | Path, split: str) -> Path | None:
         refuse_special(file)  # reading a pipe would block
     if path.is_file():
         if path.suffix not in READERS:
-            raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it to one of {', '.join(READERS)}")
+            raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it: {listed([*READERS])} are read")
         return path
     if path.is_dir():
         found = next((file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()), None)
         others = sorted(file.stem for file in path.iterdir() if file.suffix in READERS and file.is_file())
         if found is None and {"train", "test", "validation"} & {*others}:
-            raise FusionError(f"{path} has no split {split!r}", f"--split {others[0]}")
+            raise FusionError(f"{path} has no split {split!r}", suggestion(split, others))
         return found or path
     if path.suffix in READERS or path.is_absolute():
-        raise FusionError(f"{path} does not exist", "--data FILE, FOLDER or a data set's id on the Hub")
+        raise FusionError(
+            f"{path} does not exist", path_suggestion(path, "--data FILE, FOLDER or a data set's id on the Hub")
+        )
     return None
 
 
@@ -107,7 +111,8 @@ def read_columns(source: str | Path, split: str = "train") -> list[str] | None:
     if (path / _SAVED[0]).is_file():
         path = path / split
         if not path.is_dir():
-            raise FusionError(f"{source} has no split {split!r}", "--split with the name of one of its folders")
+            folders = [each.name for each in Path(source).iterdir() if each.is_dir()]
+            raise FusionError(f"{source} has no split {split!r}", suggestion(split, folders))
     if (path / _SAVED[1]).is_file() and (path / "dataset_info.json").is_file():
         return list(json.loads((path / "dataset_info.json").read_text(encoding="utf-8")).get("features") or ()) or None
     return None
@@ -145,7 +150,7 @@ _COLUMNS: dict[str, Callable[[Path], list[str] | None]] = {
 
 def _split(splits: DatasetDict, split: str, source: str) -> Dataset:
     if split not in splits:
-        raise FusionError(f"{source} has no split {split!r}", f"--split {next(iter(splits), 'train')}")
+        raise FusionError(f"{source} has no split {split!r}", suggestion(split, map(str, splits)))
     return splits[split]
 
 

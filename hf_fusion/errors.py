@@ -6,9 +6,10 @@ import errno
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from difflib import SequenceMatcher
+from itertools import islice
 from pathlib import Path
 from unicodedata import category
 
@@ -39,11 +40,88 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def suggestion(word: object, known: Iterable[str]) -> str:
-    """A hint for an unknown word: the closest known one, or a list of all."""
-    known = list(known)
-    close = get_close_matches(str(word)[:100], known, n=1)
-    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+def nearest(word: object, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known words that an unknown one may stand for, the closest first; upper and lower case do not differ.
+
+    Args:
+        word: unknown; only its first 100 characters count.
+        known: words of which the first 5,000 are compared.
+        most: maximum number of words.
+
+    Returns:
+        Mistyped words, and words that contain the unknown one or are contained in it, as "iso" in "iso_c". Only those
+        that are almost as close as the closest.
+    """
+    wanted = _form(str(word)[:100])
+    matcher = SequenceMatcher(None, b=wanted)
+    found: dict[str, tuple[float, float]] = {}
+    for each in islice(dict.fromkeys(known), 5_000):
+        form = _form(each[:200])
+        matcher.set_seq1(form)
+        contained = (len(wanted) >= 3 and wanted in form) or (len(form) >= 4 and form in wanted)
+        ratio = matcher.ratio() if contained or matcher.quick_ratio() >= _CLOSE else 0.0
+        if contained or ratio >= _CLOSE:
+            found[each] = (max(ratio, _CONTAINED if contained else 0.0), ratio)
+    best = sorted(found, key=found.__getitem__, reverse=True)
+    return [each for each in best if found[each][0] > found[best[0]][0] - _ALMOST][:most]
+
+
+_CLOSE, _CONTAINED, _ALMOST = 0.6, 0.7, 0.1
+"""Least ratio of a mistyped word, as in `difflib.get_close_matches`; of one that contains it; and what is almost it."""
+
+
+def _form(word: str) -> str:
+    return word.casefold().replace("_", "-")
+
+
+def suggestion(word: object, known: Iterable[str], listing: str = "") -> str:
+    """A hint for an unknown word: the nearest known ones; if none is near, all of a few, or how to list them.
+
+    Args:
+        word: unknown.
+        known: words that may be meant.
+        listing: the command that lists them.
+    """
+    known = list(dict.fromkeys(known))
+    see = f"{listing} lists all" if listing else ""
+    if close := nearest(word, known):
+        return f"did you mean {_either(close)}? {see}".strip()
+    if not known:
+        return "there are none"
+    return see if see and len(known) > _FEW else f"use one of {listed(known)}"
+
+
+def path_suggestion(path: str | Path, otherwise: str) -> str:
+    """A hint for a path that does not exist: what has almost its name, if anything has, and what else to do.
+
+    Args:
+        path: of a file or folder; its folder may not exist either.
+        otherwise: hint if nothing has almost its name.
+    """
+    whole = Path(path)
+    with suppress(OSError, ValueError):  # no permission, or not a path
+        missing = next(each for each in (whole, *whole.parents) if each.parent.exists())  # the root exists
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in islice(entries, 5_000) if entry.name[0] != "."]
+        rest = whole.relative_to(missing)
+        close = [missing.with_name(name) for name in nearest(missing.name, names) if name != missing.name]
+        whole_ones = [each / rest for each in close if (each / rest).exists()]
+        if found := whole_ones or close:
+            return f"did you mean {_either([str(each) for each in found])}?"
+    return otherwise
+
+
+_FEW = 8  # words that a hint or message lists
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words for a message: all of a few, else the first and how many more there are."""
+    more = f" and {len(words) - _FEW} more" if len(words) > _FEW else ""
+    return ", ".join(words[:_FEW]) + more
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def shown(value: object) -> str:

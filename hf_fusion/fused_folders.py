@@ -15,7 +15,7 @@ from hf_fusion.hub.formats import IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.load import processor_of
 from hf_fusion.hub.refs_to_files import resolve
 from hf_fusion.hub.task_heads import architectures
-from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.methods import MERGE_METHODS, METHODS_LISTING
 from hf_fusion.models.fused_checks import NewerFormatError
 from hf_fusion.recipe import RECIPE_FILE, Recipe
 from hf_fusion.types import ModelRef
@@ -83,7 +83,7 @@ def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[P
     """
     if recipe.method not in METHODS:
         known = [*METHODS, *MERGE_METHODS]
-        hint = f"{suggestion(recipe.method, known)} if hf_fusion is newer: pip install -U hf_fusion"
+        hint = f"{suggestion(recipe.method, known, METHODS_LISTING)} (of a newer hf_fusion: pip install -U hf_fusion)"
         raise FusionError(f"{folder} was made by the unknown method {shown(recipe.method)}.", hint)
     family = family_of(recipe.method)
     if config.get("model_type") != family.name:

@@ -21,11 +21,10 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from hf_fusion.errors import FusionError, shown, suggestion
+from hf_fusion.errors import FusionError, listed, nearest, shown, suggestion
 
 MOST = 1 << 63  # whole numbers must be smaller: torch's are, and Python's have no end
 REQUIRED = inspect.Parameter.empty
@@ -213,8 +212,8 @@ def read(hint: Any, value: object, where: KeyPath, *keys: object) -> Any:
     if found is _WRONG or not all(_holds(note, found) for note in notes):
         choices = [each for note in notes if isinstance(note, OneOf) for each in note.choices]
         choices += get_args(kind) if get_origin(kind) is Literal else ()
-        close = get_close_matches(value[:100], choices, 1) if isinstance(value, str) else ()
-        raise _wrong(value, hint, where, f"did you mean {close[0]}?" if close else None)
+        near = isinstance(value, str) and nearest(value, choices)
+        raise _wrong(value, hint, where, suggestion(value, choices) if near else None)
     return found
 
 
@@ -240,7 +239,7 @@ def read_class(
     """
     known = {name: field for name, field in fields_of(cls).items() if name not in given}
     if not isinstance(content, Mapping):
-        raise _wrong(content, cls, where, f"use {', '.join(known)}")
+        raise _wrong(content, cls, where, f"use {listed([*known])}")
     values = {**(defaults or {}), **read_fields(known, content, where)}
     for name, field in known.items():
         if field.required and name not in values:
@@ -273,14 +272,14 @@ def expected(hint: Any) -> str:
         if isinstance(note, Expected):
             return note.words
         if isinstance(note, OneOf):
-            return f"one of {', '.join(note.choices)}"
+            return f"one of {listed(note.choices)}"
     return " ".join(filter(None, [_words(kind), *(str(note) for note in notes if isinstance(note, Range))]))
 
 
 def _words(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return f"one of {', '.join(inner)}"
+        return f"one of {listed(inner)}"
     if origin in (Union, types.UnionType):
         return " or ".join(expected(each) for each in inner if each is not types.NoneType)
     if dataclasses.is_dataclass(kind):

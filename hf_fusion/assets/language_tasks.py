@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.extras import refuse_missing
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path
 
     if isinstance(task, str):
         if task not in TASKS:
-            raise FusionError(f"no task {task!r}; there are {', '.join(TASKS)}")
+            raise FusionError(f"there is no task {task!r}", suggestion(task, TASKS))
         task = TASKS[task]
     folder = None if data_dir is None else Path(data_dir)
     tested = list(_distinct(task.source.draw("test", folder), TEST_ROWS, taken=set()))

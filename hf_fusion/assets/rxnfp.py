@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.io.folders import make_once
 
@@ -85,7 +85,7 @@ def rxnfp_folder(name: str) -> Path:
         FusionError: the name is unknown, or the wheel is not installed.
     """
     if name not in MODELS:
-        raise FusionError(f"rxnfp has no model {name!r}", hint=f"use one of {', '.join(MODELS)}")
+        raise FusionError(f"rxnfp has no model {name!r}", hint=suggestion(name, MODELS))
     folder = cache_folder() / "models" / "rxnfp" / name
     if folder.is_dir():
         return folder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_fusion.bench.rows import PACKAGES, stored_parts
 from hf_fusion.bench.sources import expert_path, is_hub_id
 from hf_fusion.bench.suite import Suite
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.hub.client import explain_hub_errors, hub_api, in_parallel
 from hf_fusion.hub.commits import check_commit
 from hf_fusion.hub.refs_to_files import repo_ref
@@ -129,4 +129,4 @@ def _here(what: str, source: str, suite: Suite, data_dir: str | Path | None) -> 
     elif package in PACKAGES:
         PACKAGES[package](rest, data_dir)
     else:
-        raise FusionError(f"{source} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")
+        raise FusionError(f"{source} is no source of rows", hint=suggestion(package, PACKAGES))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.cells import CLEAN
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS, corrupt
 from hf_fusion.evaluation.text_corruptions import TEXT_CORRUPTIONS, corrupt_text
 
@@ -39,7 +39,7 @@ def parse_corruptions(words: Sequence[str], is_image: bool) -> list[str]:
         if name != "all" and name not in known or severity and severity not in map(str, SEVERITIES):
             raise FusionError(
                 f"no corruption {shown(word)} of {'pictures' if is_image else 'texts'}",
-                hint=f"all or {', '.join(known)}, with or without a severity: {known[0]}:3",
+                hint=f"severities are 1 to 5: {name}:3" if name in known else suggestion(name, ["all", *known]),
             )
         names = known if name == "all" else [name]
         found |= dict.fromkeys(f"{own}:{level}" for own in names for level in ([severity] if severity else SEVERITIES))

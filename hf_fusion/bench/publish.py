@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.bench.cells import ALL, CLEAN, LEADERBOARD, Cell, read_cells
 from hf_fusion.bench.pages import CELLS, README_SECTION, REPORT, write_report
 from hf_fusion.bench.summary import BenchSummary
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.hub.client import explain_hub_errors, hub_api, same_file
 from hf_fusion.hub.commits import download_file
 from hf_fusion.hub.readme import add_tag, put_metadata, put_section, read_metadata
@@ -274,7 +274,7 @@ def _results(summary: BenchSummary, method: str, name: str, task_type: str, sour
     ]
     if not found:
         known = sorted({row["method"] for suite in summary["suites"] for row in suite["rows"] if row["split"] == ALL})
-        raise FusionError(f"these results have no scores of {method}", f"METHOD or METHOD:tuned, of {', '.join(known)}")
+        raise FusionError(f"these results have no scores of {method}", suggestion(method, known))
     if len(found) > 1:
         suites = ", ".join(suite["name"] for suite, _ in found)
         raise FusionError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.bench.choices import right_choices
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
-from hf_fusion.errors import FusionError, one_line, shown
+from hf_fusion.errors import FusionError, one_line, path_suggestion, shown, suggestion
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import check_commit
@@ -62,7 +62,7 @@ def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Ro
         FusionError: the suite has no such task, its data set is not there, or has not the columns that are declared.
     """
     if task not in suite.tasks:
-        raise FusionError(f"{suite.name} has no task {task!r}", hint=f"use one of {', '.join(suite.tasks)}")
+        raise FusionError(f"{suite.name} has no task {task!r}", hint=suggestion(task, suite.tasks))
     declared = suite.tasks[task]
     split, file = declared.fitting.split, str(suite.path)
     parts = {part: ours(rows, declared, file) for part, rows in _parts(declared, {split, "test"}, data_dir).items()}
@@ -87,7 +87,10 @@ def _parts(task: Task, wanted: Collection[str], data_dir: str | Path | None) -> 
     else:
         package, _, rest = name.partition("/")
         if package not in PACKAGES:
-            raise FusionError(f"{task.data} is no source of rows", hint=f"package: one of {', '.join(PACKAGES)}")
+            raise FusionError(
+                f"{task.data} is no source of rows",
+                hint=suggestion(package, PACKAGES),
+            )
         found = PACKAGES[package](rest, data_dir)
     return {part: rows for part, rows in found.items() if part in wanted}
 
@@ -287,7 +290,7 @@ def stored_parts(data_dir: str | Path | None, name: str) -> Parts:
     files = {part: Path(data_dir) / name / f"{part}.parquet" for part in ("train", "test")}
     for file in files.values():
         if not file.is_file():
-            raise FusionError(f"no data set {name!r} in {data_dir}: {file} is missing", hint=hint)
+            raise FusionError(f"no data set {name!r} in {data_dir}: {file} is missing", path_suggestion(file, hint))
     return {part: Dataset.from_parquet(str(file)) for part, file in files.items()}
 
 

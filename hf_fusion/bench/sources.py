@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, path_suggestion, suggestion
 from hf_fusion.io.cache import cache_folder
 
 
@@ -36,7 +36,7 @@ def expert_path(source: str, build: str | None = None) -> str | Path:
         return source
     if source.startswith(("./", "/")):
         if not Path(source).is_dir():
-            raise FusionError(f"there is no folder {source}", hint=build)
+            raise FusionError(f"there is no folder {source}", path_suggestion(source, build or "check the path"))
         return Path(source)
     if scheme == "cache":
         if not (folder := cache_folder() / rest).is_dir():
@@ -44,7 +44,7 @@ def expert_path(source: str, build: str | None = None) -> str | Path:
         return folder
     package, _, inside = rest.partition("/")
     if scheme != "package" or package not in PACKAGES:
-        raise FusionError(f"{source} is no source of models", hint=f"package: one of {', '.join(PACKAGES)}")
+        raise FusionError(f"{source} is no source of models", hint=suggestion(package, PACKAGES))
     return PACKAGES[package](inside)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hf_fusion.bench.sources import is_hub_id
-from hf_fusion.errors import FusionError, one_line, shown, suggestion
+from hf_fusion.errors import FusionError, one_line, path_suggestion, shown, suggestion
 from hf_fusion.io.files import read_text
 from hf_fusion.io.yaml_files import read_yaml
 from hf_fusion.schema import Before, Expected, KeyPath, OneOf, Text, fields_of, is_text, read, read_class, read_fields
@@ -236,6 +236,10 @@ class Suite(_Facts):
         return next((name for name, other in self.experts.items() if other == source), None)
 
 
+SUITES_LISTING = "hf-fusion bench suites"
+"""The command that lists the suites, for hints."""
+
+
 def suite_names() -> list[str]:
     """The suites that come with the package."""
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
@@ -252,8 +256,12 @@ def load_suite(name: str | Path) -> Suite:
     """
     path = Path(name) if str(name).endswith(".yaml") else SUITES / f"{name}.yaml"
     if not path.is_file():
-        hint = f"{suggestion(name, suite_names())} (or the path of a .yaml file)"
-        raise FusionError(f"no suite {str(name)!r}", hint=hint)
+        if str(name).endswith(".yaml"):
+            raise FusionError(
+                f"{one_line(path)} does not exist", path_suggestion(path, f"{SUITES_LISTING} lists suites")
+            )
+        hint = f"{suggestion(name, suite_names(), SUITES_LISTING)} (or the path of a .yaml file)"
+        raise FusionError(f"there is no suite {str(name)!r}", hint=hint)
     return _suite(path.stem, _content(path), path)
 
 
@@ -266,7 +274,7 @@ def holdouts_named(suite: Suite, words: Sequence[str]) -> list[Holdout]:
     known = {holdout.name: holdout for holdout in suite.unseen}
     for name in words:
         if name != "all" and name not in known:
-            raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=", ".join(known) or "leave it out")
+            raise FusionError(f"{suite.name} has no unseen split {name!r}", hint=suggestion(name, ["all", *known]))
     return list(suite.unseen) if "all" in words else [known[name] for name in words]
 
 
@@ -298,7 +306,9 @@ def _content(path: Path) -> dict[Any, Any]:
         return content
     other = _beside(path, f"{parent}.yaml")
     if not os.path.isfile(other):  # noqa: PTH113
-        raise FusionError(f"{path}: extends is {shown(parent)}, which is not there", suggestion(parent, suite_names()))
+        raise FusionError(
+            f"{path}: extends is {shown(parent)}, which is not there", suggestion(parent, suite_names(), SUITES_LISTING)
+        )
     inherited: dict[Any, Any] = read(keys, read_yaml(other), KeyPath(str(other)))
     if "extends" in inherited:
         raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 
 from hf_fusion import __version__
-from hf_fusion.cli.errors import explain
+from hf_fusion.cli.errors import BROKEN_PIPE, FAILURE, INTERRUPTED, USAGE, UsageError, explain
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import Parser, add_common
 from hf_fusion.extras import need_for
@@ -29,7 +29,6 @@ COMMANDS = {
     "hub": "run a Hub on this machine",
     "demo": "run the whole pipeline once, on real models and data",
 }
-INTERRUPTED, BROKEN_PIPE = 130, 141
 SUBCOMMANDS = ("action", "target", "demo")  # attributes of the arguments that name a command's subcommand
 
 # Keeps the libraries' messages off the terminal; they read these variables when they are imported.
@@ -50,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``hf-fusion``; default is ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0; 1 for an error; 130 when interrupted; 141 when stdout was closed. Arguments that cannot be
-        parsed exit the process with 2.
+        The exit code: 0; 1 for an error; 2 for arguments that are wrong; 130 when interrupted; 141 when stdout was
+        closed. Arguments that cannot be parsed exit the process with 2.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(next((word for word in words if word in COMMANDS), None))
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:  # a full disk: Python would flush again at exit, and exit with 120
             _discard_stdout()
-        return 1
+        return USAGE if isinstance(problem, UsageError) else FAILURE
     finally:  # restore the logger for callers in the same process
         if reporter is not None:
             reporter.close()
@@ -106,6 +105,7 @@ def build_parser(wanted: str | None = None) -> Parser:
         prog="hf-fusion",
         description="Fuse fine-tuned models and LoRA adapters from the Hugging Face Hub into one better model.",
         epilog="Start here:  hf-fusion demo",
+        deeper=_deeper_commands,
     )
     parser.add_argument("--version", action="version", version=f"hf_fusion {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -118,6 +118,11 @@ def build_parser(wanted: str | None = None) -> Parser:
         else:  # its module is not imported, so that the command starts fast
             commands.add_parser(name, help=line)
     return parser
+
+
+def _deeper_commands() -> dict[str, str]:
+    """The commands of commands, "run": "bench run" …"""
+    return {inner: f"{name} {inner}" for name in COMMANDS for inner in build_parser(name).nested[name].nested}
 
 
 class _Forward(logging.Handler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_fusion.cli.checks import check_folder
+from hf_fusion.cli.checks import check_folder, suite_named
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
@@ -30,10 +30,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """
     from dataclasses import asdict
 
-    from hf_fusion.bench.suite import load_suite
-
     check_folder(args.data, "--data")
-    suite = load_suite(args.suite)
+    suite = suite_named(args.suite)
 
     with loading_libraries():
         from datasets import disable_progress_bars

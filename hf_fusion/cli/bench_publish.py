@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
-from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
 
 EXAMPLES = (
@@ -55,5 +55,5 @@ def run(args: argparse.Namespace, out: Out) -> None:
 def _pair(word: str) -> tuple[str, str]:
     method, _, repo = word.partition("=")
     if not method or repo.count("/") != 1:
-        raise FusionError(f"--models {word} does not name a method and a model", "--models METHOD=OWNER/NAME")
+        raise UsageError(f"--models {word} does not name a method and a model", "--models METHOD=OWNER/NAME")
     return method, repo

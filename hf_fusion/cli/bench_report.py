@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
-from hf_fusion.errors import FusionError
 from hf_fusion.progress import phase
 
 EXAMPLES = (
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     source = Path(args.folder)
     folder = Path(args.output) if args.output else source.with_name(f"{source.resolve().stem}-report")
     if folder.resolve() == source.resolve() or source.resolve() in folder.resolve().parents:
-        raise FusionError(
+        raise UsageError(
             f"a report in {folder} would be read as results of {source}", "name a folder outside it: --output DIR"
         )
     cells = read_cells(source)

@@ -6,11 +6,12 @@ import argparse
 import shlex
 from pathlib import Path
 
-from hf_fusion.cli.checks import check_folder
+from hf_fusion.cli.checks import check_folder, suite_named
+from hf_fusion.cli.errors import checking_arguments
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, SEED
 from hf_fusion.cli.progress import loading_libraries
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, path_suggestion
 
 EXAMPLES = (
     ("hf-fusion bench run --suite minilm-8 --data DIR --methods static --output results", "all static merges"),
@@ -59,15 +60,19 @@ def run(args: argparse.Namespace, out: Out) -> None:
     """Evaluate, and print how many cells were measured, left out and failed."""
     from hf_fusion.bench.corruptions import parse_corruptions
     from hf_fusion.bench.methods import chosen
-    from hf_fusion.bench.suite import holdouts_named, load_suite
+    from hf_fusion.bench.suite import holdouts_named
 
     check_folder(args.data, "--data")
-    suite = load_suite(args.suite)
-    chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
+    suite = suite_named(args.suite)
+    with checking_arguments():
+        chosen([word for word in args.methods if not word.endswith(".py")] or ["all"], suite.kind)
     if missing := [word for word in args.methods if word.endswith(".py") and not Path(word).is_file()]:
-        raise FusionError(f"{missing[0]} does not exist", "--methods FILE.py, or the name of a method")
-    parse_corruptions(args.corruptions, suite.is_of_images)
-    holdouts_named(suite, args.unseen)
+        raise FusionError(
+            f"{missing[0]} does not exist", path_suggestion(missing[0], "--methods FILE.py, or the name of a method")
+        )
+    with checking_arguments():
+        parse_corruptions(args.corruptions, suite.is_of_images)
+        holdouts_named(suite, args.unseen)
 
     with loading_libraries():
         from datasets import disable_progress_bars

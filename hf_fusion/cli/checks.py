@@ -6,11 +6,13 @@ A mistyped argument is therefore reported within a second. The library checks al
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hf_fusion.cli.errors import UsageError, checking_arguments
 from hf_fusion.data import read_columns
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, listed, nearest, path_suggestion, suggestion
 from hf_fusion.families import FAMILIES, Family
 from hf_fusion.hub.refs_to_files import repo_ref
 from hf_fusion.hub.task_heads import Head, architectures, head_of_adapter, head_of_architecture
@@ -18,6 +20,9 @@ from hf_fusion.io.folders import recover_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import RECIPE_FILE
 from hf_fusion.types import ModelRef
+
+if TYPE_CHECKING:
+    from hf_fusion.bench.suite import Suite
 
 Columns = Sequence[tuple[str, ...]]
 """A data set needs one column of each entry."""
@@ -48,7 +53,8 @@ def read_model_config(folder: str) -> dict[str, Any]:
     recover_folder(path)
     if not path.is_dir():
         raise FusionError(
-            f"there is no folder {folder}", "check the path, or make a model: hf-fusion fuse … --output DIR"
+            f"there is no folder {folder}",
+            path_suggestion(folder, "check the path, or make a model: hf-fusion fuse … --output DIR"),
         )
     config = path / "config.json"
     if not config.is_file() and not (path / RECIPE_FILE).is_file():
@@ -124,9 +130,10 @@ def check_known_columns(
     if columns is None or not (missing := [names for names in wanted if not {*names} & {*columns}]):
         return
     names = " and no ".join(" or ".join(group) for group in dict.fromkeys(missing))
+    rename = "name the right column by an option (see --help), or rename it in the data"
     raise FusionError(
-        f"{source} has the columns {', '.join(columns)}, but no {names}",
-        "name the right column by an option (see --help), or rename it in the data",
+        f"{source} has the columns {listed(columns)}, but no {names}",
+        f"{suggestion(missing[0][0], columns)} {rename}" if nearest(missing[0][0], columns) else rename,
     )
 
 
@@ -141,7 +148,9 @@ def check_models(names: Iterable[str | None]) -> None:
             if ref.is_folder:
                 continue
             if ref.id.startswith((".", "/", "~")) or ref.id.count("/") > 1:
-                raise FusionError(f"there is no folder {ref}", "check the path, or write owner/name")
+                raise FusionError(
+                    f"there is no folder {ref}", path_suggestion(ref.id, "check the path, or write owner/name")
+                )
             repo_ref(ref)
 
 
@@ -152,7 +161,7 @@ def check_folder(name: str | None, option: str) -> None:
         FusionError: it does not.
     """
     if name is not None and not Path(name).is_dir():
-        raise FusionError(f"there is no folder {name}", f"check the path: {option} DIR")
+        raise FusionError(f"there is no folder {name}", path_suggestion(name, f"check the path: {option} DIR"))
 
 
 def check_repo(name: str) -> None:
@@ -162,5 +171,18 @@ def check_repo(name: str) -> None:
         FusionError: it does not.
     """
     if name.count("/") != 1 or "@" in name:
-        raise FusionError(f"{name!r} is not the name of a repo", "write owner/name")
+        raise UsageError(f"{name!r} is not the name of a repo", "write owner/name")
     repo_ref(name)
+
+
+def suite_named(name: str) -> Suite:
+    """The suite of ``--suite``.
+
+    Raises:
+        UsageError: there is none of that name.
+        FusionError: its file cannot be read, or is wrong.
+    """
+    from hf_fusion.bench.suite import load_suite, suite_names
+
+    with nullcontext() if name.endswith(".yaml") or name in suite_names() else checking_arguments():
+        return load_suite(name)

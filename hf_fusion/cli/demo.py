@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
-from hf_fusion.errors import FusionError
 from hf_fusion.families import FAMILIES
 
 EXAMPLES = (
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Out) -> None:
     """Start or connect to the Hub, and run the demo."""
     if args.real_hub and not args.yes:
-        raise FusionError(
+        raise UsageError(
             f"this would create about 15 public repos under {args.namespace or 'your name'} on the Hub",
             "add --yes, or omit --real-hub",
         )

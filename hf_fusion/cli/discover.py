@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from hf_fusion.cli.errors import checking_arguments
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT
 
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.hub.task_heads import head_of_task
 
     if args.task:
-        head_of_task(args.task)
+        with checking_arguments():
+            head_of_task(args.task)
     experts = discover(
         tags=args.tag or EXPERT_TAG,
         author=args.author,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, refusal, unwritable
@@ -10,6 +11,23 @@ from hf_fusion.extras import missing_library
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
+
+
+FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+"""Exit codes: for errors, for wrong arguments, for Ctrl+C, and for a reader of the output that has exited."""
+
+
+class UsageError(FusionError):
+    """The arguments are wrong, whatever files and models are like."""
+
+
+@contextmanager
+def checking_arguments() -> Iterator[None]:
+    """Turns errors of checks that only read arguments into a `UsageError`."""
+    try:
+        yield
+    except FusionError as error:
+        raise UsageError(error.message, error.hint) from error
 
 
 def explain(error: Exception, command: str) -> FusionError:

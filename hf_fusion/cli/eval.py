@@ -17,10 +17,10 @@ from hf_fusion.cli.checks import (
     pools_rows,
     read_model_config,
 )
+from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, add_consent
 from hf_fusion.cli.progress import loading_libraries
-from hf_fusion.errors import FusionError
 from hf_fusion.extras import need
 from hf_fusion.families import family_of
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     config = read_model_config(args.folder)
     family = family_of_config(config)
     if args.task_column and family and not family.by_task:
-        raise FusionError(f"{family.title} is evaluated on one data set, not task by task", "omit --task-column")
+        raise UsageError(f"{family.title} is evaluated on one data set, not task by task", "omit --task-column")
     if family and family.map:
         need("plots", f"hf-fusion eval of a model of the family {family.name}")
     needed = columns_to_evaluate(config, args.label_column or "label")

@@ -18,6 +18,7 @@ from hf_fusion.cli.checks import (
     columns_to_fit,
     read_model_config,
 )
+from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, POSITIVE, SEED, add_consent, at_least
 from hf_fusion.cli.progress import loading_libraries
@@ -196,7 +197,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
             f"{args.folder} was made by {made}: it has no fuser", f"hf-fusion fuse --method {family.name} …"
         )
     if args.frugal and config.get("mode") == "selection":
-        raise FusionError("--frugal does not apply to the mode selection, which runs one expert", "omit --frugal")
+        raise UsageError("--frugal does not apply to the mode selection, which runs one expert", "omit --frugal")
     label, expert = args.label_column or "label", args.expert_column or "expert"
     needed = columns_to_fit(config, args.by, label, expert)
     named = (args.label_column, args.expert_column)
@@ -233,7 +234,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         raise FusionError(f"{args.adapter} is a folder, not a repo", "hf-fusion fit gates owner/name --data … --push")
     if folder is None and not args.push:
         again = f"hf-fusion fit gates {args.adapter} --data {args.data}"
-        raise FusionError(
+        raise UsageError(
             f"{args.adapter} is a repo, so the command must say where to save the gates",
             f"{again} --output DIR, or --push",
         )
@@ -301,7 +302,7 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
         if value is not None
     }
     if args.loss == "labels" and options:
-        raise FusionError("--diversity and --tolerance do not apply to --loss labels", "omit them")
+        raise UsageError("--diversity and --tolerance do not apply to --loss labels", "omit them")
     if args.loss != "labels":
         options["loss"] = args.loss
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_fusion.cli.checks import check_models, check_repo
+from hf_fusion.cli.errors import UsageError, checking_arguments
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT, POSITIVE, add_consent
 from hf_fusion.cli.progress import loading_libraries
@@ -81,12 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Out) -> None:
     """Fuse, save and optionally publish."""
     if bool(args.recipe) == bool(args.method or args.experts):
-        raise FusionError("give either a recipe, or a method and its experts", "hf-fusion fuse --help")
+        raise UsageError("give either a recipe, or a method and its experts", "hf-fusion fuse --help")
     if not args.recipe and not (args.method and args.experts):
-        raise FusionError("--method and --experts must be given together", "hf-fusion fuse --help")
+        raise UsageError("--method and --experts must be given together", "hf-fusion fuse --help")
 
     if args.push_experts and not args.push:
-        raise FusionError("--push-experts needs --push", "--push OWNER/NAME --push-experts")
+        raise UsageError("--push-experts needs --push", "--push OWNER/NAME --push-experts")
 
     from hf_fusion.hub.provenance import read_recipe
     from hf_fusion.io.folders import refuse_to_replace
@@ -98,16 +100,19 @@ def run(args: argparse.Namespace, out: Out) -> None:
         refuse_to_replace(args.output, args.overwrite)
     if args.recipe:
         if args.set:
-            raise FusionError(
+            raise UsageError(
                 "--set needs --method: a recipe contains its options", f"write them under parameters: in {args.recipe}"
             )
         recipe = read_recipe(args.recipe) if Path(args.recipe).is_dir() else load_recipe(args.recipe)
         recipe = replace(recipe, base=args.base or recipe.base, dtype=args.dtype or recipe.dtype)
     else:
-        parameters = _parameters(args.set)
-        weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None
-        recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
-    _check(recipe, args)
+        with checking_arguments():
+            parameters = _parameters(args.set)
+            weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None
+            recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
+    with nullcontext() if args.recipe else checking_arguments():
+        _check(recipe)
+    _check_names(recipe, args)
 
     with loading_libraries():
         if recipe.method in MERGE_METHODS:
@@ -136,8 +141,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
             out.result("Published", url=pushed.url, revision=pushed.sha)
 
 
-def _check(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Check recipe and arguments before torch is imported and models are read."""
+def _check(recipe: Recipe) -> None:
+    """Check method and parameters before torch is imported and models are read."""
     from hf_fusion.merging.methods import MERGE_METHODS
     from hf_fusion.merging.recipe_checks import check_recipe, family_method
 
@@ -145,10 +150,14 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
         check_recipe(recipe)
     else:
         family_method(recipe.method, {name: value for name, value in recipe.parameters.items() if name != "task"})
-        if args.dry_run:
-            raise FusionError(
-                f"--dry-run works for static merges only; {recipe.method} loads its experts", "omit --dry-run"
-            )
+
+
+def _check_names(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Check the models and the repo."""
+    from hf_fusion.merging.methods import MERGE_METHODS
+
+    if args.dry_run and recipe.method not in MERGE_METHODS:
+        raise UsageError(f"--dry-run works for static merges only; {recipe.method} loads its experts", "omit --dry-run")
     check_models([recipe.base, *(expert.model for expert in recipe.experts)])
     if args.push:
         check_repo(args.push)
@@ -268,5 +277,5 @@ def _parameters(assignments: list[str]) -> dict[str, Any]:
 
     pairs = [text.partition("=") for text in assignments]
     if wrong := [name for name, equals, _ in pairs if not equals]:
-        raise FusionError(f"--set {wrong[0]} has no value", f"--set {wrong[0]}=VALUE")
+        raise UsageError(f"--set {wrong[0]} has no value", f"--set {wrong[0]}=VALUE")
     return {name: parse_yaml(value, f"--set {name}") for name, _, value in pairs}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from hf_fusion.cli.errors import USAGE
 from hf_fusion.cli.output import FORMATS, Out
-from hf_fusion.errors import suggestion
+from hf_fusion.errors import nearest, suggestion
 
 Examples = Sequence[tuple[str, str]]
 """(command line, its effect) pairs."""
@@ -20,14 +20,16 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         examples: shown at the end of its ``--help``.
+        deeper: returns commands of its commands, such as "serve", with the whole command, "hub serve"; called only to
+            suggest them.
         more: arguments of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, *, examples: Examples = (), **more: Any) -> None:
+    def __init__(self, *, examples: Examples = (), deeper: Callable[[], dict[str, str]] = dict, **more: Any) -> None:
         if examples:
             more |= {"epilog": examples_text(examples), "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(**more)
-        self.examples = tuple(examples)
+        self.examples, self.deeper = tuple(examples), deeper
 
     @property
     def nested(self) -> dict[str, Parser]:
@@ -43,14 +45,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error, and exit with 2."""
-        Out().error(message, f"{self.prog} --help")
-        sys.exit(2)
+        self._stop(message, f"{self.prog} --help")
+
+    def _stop(self, message: str, hint: str) -> NoReturn:
+        Out().error(message, hint)
+        sys.exit(USAGE)
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is None or value in action.choices:
             return
-        kind = "command" if isinstance(action, argparse._SubParsersAction) else argparse._get_action_name(action)
-        self.error(f"{kind} {value!r} is not known: {suggestion(str(value), map(str, action.choices))}")
+        known, name = {str(choice): str(choice) for choice in action.choices}, str(argparse._get_action_name(action))
+        if isinstance(action, argparse._SubParsersAction):
+            name, known = "command", {**self.deeper(), **known}
+        what = f"unknown value {value!r} of {name}" if action.option_strings else f"unknown {name.lower()} {value!r}"
+        meant = next((known[near] for near in nearest(value, known)[:1] if known[near] != near), value)
+        self._stop(what, suggestion(meant, known.values(), f"{self.prog} --help"))
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         nested = self.nested
@@ -67,10 +76,9 @@ class Parser(argparse.ArgumentParser):
             if self._knows(name):
                 continue
             if owner := next((parser for parser in nested.values() if parser._knows(name)), None):
-                self.error(f"{name} is an option of the command: write it after {owner.prog}")
+                self._stop(f"{self.prog} has no option {name}", f"write it after the command: {owner.prog} … {name}")
             known = [option for option in self._option_string_actions if option.startswith("--")]
-            close = get_close_matches(name, known, n=1)
-            self.error(f"unknown option {name}" + (f": did you mean {close[0]}?" if close else ""))
+            self._stop(f"unknown option {name}", suggestion(name, known, f"{self.prog} --help"))
 
     def _knows(self, name: str) -> bool:
         """Whether it has this option, also abbreviated (``--meth``) or with its value attached (``-oDIR``)."""

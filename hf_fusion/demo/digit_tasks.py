@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from hf_fusion.demo.digits import DIGITS, SIZE, digits
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.evaluation.image_corruptions import CORRUPTIONS, corrupt
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def task_rows(task: str, split: str, limit: int | None = None, rounds: int = 1) 
 
     for what, name, table in (("task", task, TASKS), ("split", split, SPLITS)):
         if name not in table:
-            raise FusionError(f"there is no {what} {name!r}", hint=f"use one of {', '.join(table)}")
+            raise FusionError(f"there is no {what} {name!r}", hint=suggestion(name, table))
     images, known = _images(split)
     rng = np.random.default_rng([list(TASKS).index(task), list(SPLITS).index(split)])
     draw = TASKS[task].draw or (lambda images, index, rng: (images[index], known[index]))

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.evaluation.fusion import measure_foe
 from hf_fusion.evaluation.merging import measure_merged, measure_static
 from hf_fusion.evaluation.results import Results
@@ -96,9 +96,7 @@ def evaluate(
     title, measure, by_task = _measure_of(model)
     known = {*_options_of(measure_routing), "experts"} if measure is _of_router else {*_options_of(measure)}
     if unknown := [name for name in options if name not in known]:
-        raise FusionError(
-            f"{title} is not measured with {unknown[0]!r}", hint=f"its options are {', '.join(sorted(known))}"
-        )
+        raise FusionError(f"{title} is not measured with {unknown[0]!r}", hint=suggestion(unknown[0], sorted(known)))
     if by_task != isinstance(data, Mapping):
         raise FusionError(
             f"{title} is measured on {'a data set for each task' if by_task else 'one data set'}",

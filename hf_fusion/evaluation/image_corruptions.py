@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ def corrupt(image: Image.Image, name: str, severity: int, seed: int) -> Image.Im
         FusionError: no such corruption or severity.
     """
     if name not in CORRUPTIONS:
-        raise FusionError(f"there is no corruption {name!r}", hint=f"use one of {', '.join(CORRUPTIONS)}")
+        raise FusionError(f"there is no corruption {name!r}", hint=suggestion(name, CORRUPTIONS))
     if severity not in range(1, 6):
         raise FusionError(f"{name} has no severity {severity!r}", hint="use 1, 2, 3, 4 or 5")
     if image.mode not in ("L", "RGB"):

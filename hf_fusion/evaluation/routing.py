@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_fusion.data import match_experts_by_name
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
@@ -272,7 +272,7 @@ class Evaluation:
         left_out = ["base"] * heads + list(TRAINED_ON) * (not self.train_rows)
         wanted = list(predictors) if predictors is not None else [name for name in PREDICTORS if name not in left_out]
         if unknown := [name for name in wanted if name not in PREDICTORS]:
-            raise FusionError(f"no predictor {unknown[0]!r}; there are {', '.join(PREDICTORS)}")
+            raise FusionError(f"there is no predictor {unknown[0]!r}", suggestion(unknown[0], PREDICTORS))
         if "base" in wanted and heads:
             raise FusionError("the experts bring their own heads, without which their base has no answers")
         if taken := [name for name in self.names if name in (*PREDICTORS, HINDSIGHT)]:
@@ -282,7 +282,7 @@ class Evaluation:
             if task not in self.suite:
                 raise FusionError(f"the task {task!r} of {owner} is not in the suite")
             if owner not in self.names:
-                raise FusionError(f"{owner!r}, the owner of {task}, is not an expert", ", ".join(self.names))
+                raise FusionError(f"{owner!r}, the owner of {task}, is not an expert", suggestion(owner, self.names))
         needing = [name for name in TRAINED_ON if name in wanted]
         if needing and (missing := [name for name in self.names if not len(self.train_rows.get(name, ()))]):
             raise FusionError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 
 # neighbours on a QWERTY keyboard
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -39,7 +39,7 @@ def corrupt_text(text: str, name: str, severity: int, seed: int) -> str:
         FusionError: no such corruption or severity.
     """
     if name not in TEXT_CORRUPTIONS:
-        raise FusionError(f"there is no corruption {name!r} of texts", hint=f"use one of {', '.join(TEXT_CORRUPTIONS)}")
+        raise FusionError(f"there is no corruption {name!r} of texts", hint=suggestion(name, TEXT_CORRUPTIONS))
     if severity not in range(1, 6):
         raise FusionError(f"{name} has no severity {severity!r}", hint="use 1, 2, 3, 4 or 5")
     function, shares = TEXT_CORRUPTIONS[name]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from hf_fusion.errors import FusionError, one_line
+from hf_fusion.errors import FusionError, one_line, path_suggestion
 
 MOST_BYTES = 256 << 20
 """Maximum bytes of a file that is read in full; ten times the largest known tokenizers and index files."""
@@ -96,7 +96,9 @@ def open_given(file: Path, called: object = None) -> BinaryIO:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise FusionError(f"{one_line(called)} cannot be read ({why})", "check the path") from None
+        raise FusionError(
+            f"{one_line(called)} cannot be read ({why})", path_suggestion(file, "check the path")
+        ) from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

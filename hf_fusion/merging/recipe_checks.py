@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.families import METHODS, FamilyMethod
-from hf_fusion.merging.methods import MERGE_METHODS, method_named
+from hf_fusion.merging.methods import MERGE_METHODS, METHODS_LISTING, method_named
 from hf_fusion.merging.settings import check_settings
 from hf_fusion.merging.tokenizers.token_sources import tokenizer_request
 from hf_fusion.schema import Field, KeyPath, OneOf, Range, is_plain, read
@@ -39,11 +39,16 @@ def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
         FusionError: there is no such method, it has no such option, or a plain value of another type was given.
     """
     if name not in METHODS:
-        raise FusionError(f"There is no method {name!r}.", hint=suggestion(name, [*METHODS, *MERGE_METHODS]))
+        raise FusionError(
+            f"There is no method {name!r}.", hint=suggestion(name, [*METHODS, *MERGE_METHODS], METHODS_LISTING)
+        )
     known = METHODS[name].options
     for option, value in options.items():
         if option not in known:
-            raise FusionError(f"Method {name} has no parameter {option!r}.", hint=suggestion(option, known))
+            raise FusionError(
+                f"Method {name} has no parameter {option!r}.",
+                hint=suggestion(option, known, f"{METHODS_LISTING} {name}"),
+            )
         if is_plain(value):  # the model checks others, such as arrays
             read(known[option].hint, value, KeyPath(name, option))
     return METHODS[name]

@@ -72,7 +72,7 @@ def check_settings(
     for key, value in given.items():
         if key not in known:
             message = ": ".join(filter(None, (str(where), f"{method} has no parameter {key!r}")))
-            raise FusionError(message, suggestion(key, known))
+            raise FusionError(message, suggestion(key, known, f"hf-fusion methods {method}"))
         check_setting(known[key], value, where.inner(key))
         if of_expert and not known[key].per_expert:
             raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.merging.engine.open_models import LAYER, Model, is_before_layers, layer_depths, layer_index
 from hf_fusion.merging.recipe_checks import MISMATCHES
 
@@ -263,7 +263,8 @@ def _opened(recipe: Recipe, number: int, base: Model | None, experts: Sequence[M
         is_base = base is not None and source.model == recipe.base
         if not is_base and source.model not in by_name:
             raise FusionError(
-                f"{where} names {source.model}, which is neither the base nor one of the experts", "list it there"
+                f"{where} names {source.model}, which is neither the base nor one of the experts",
+                suggestion(source.model, [*by_name, *filter(None, [recipe.base])]),
             )
         index = None if is_base else by_name[source.model]
         model = base if is_base and base is not None else experts[by_name[source.model]]

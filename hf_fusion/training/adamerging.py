@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.engine.tensors import clamp_variance
 from hf_fusion.models.build_wemoe import AlignedExperts, align_experts
@@ -59,7 +59,7 @@ class CoefficientMerge(nn.Module):
     ) -> None:
         super().__init__()
         if granularity not in GRANULARITIES:
-            raise FusionError(f"granularity={granularity!r}", hint=f"one of {', '.join(GRANULARITIES)}")
+            raise FusionError(f"there is no granularity {granularity!r}", suggestion(granularity, GRANULARITIES))
         if not experts:
             raise FusionError("a fusion needs at least one expert; the list is empty")
         base_expert = load_experts([base], gates=False)[0] if base is not None else None

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from hf_fusion.errors import FusionError
+from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.training.adamerging import merged_once, training_objective
 from hf_fusion.training.adaptation import Adaptation
 from hf_fusion.training.batches import Examples, class_logits, read_examples, unlabelled
@@ -99,7 +99,7 @@ def adapt_routers(
             range.
     """
     if loss not in LOSSES:
-        raise FusionError(f"loss={loss!r}", hint=f"one of {', '.join(LOSSES)}")
+        raise FusionError(f"there is no loss {loss!r}", suggestion(loss, LOSSES))
     if not diversity >= 0:
         raise FusionError(f"diversity={diversity}", hint="0, the papers' loss, or more")
     if not 0 < tolerance <= 1:
@@ -161,7 +161,7 @@ def fit_routers(
 def _read(model: LearnedMerge, task: str, rows: Dataset | Examples, max_length: int, labelled: bool) -> Examples:
     """Encodes a task's rows for its head."""
     if task not in model.experts:
-        raise FusionError(f"there is no expert {task!r}", hint=f"its tasks are {', '.join(model.experts)}")
+        raise FusionError(f"there is no expert {task!r}", hint=suggestion(task, model.experts))
     if isinstance(rows, Examples):
         return rows
     if not labelled and model.config.head in ("causal-lm", "seq2seq-lm", "features"):

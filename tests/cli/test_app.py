@@ -90,21 +90,28 @@ def test_command_group_shows_examples(name, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("fuse --methd ties --experts a b", "unknown option --methd: did you mean --method?"),
-        ("fuse recipe.yaml --outptu=x", "unknown option --outptu: did you mean --output?"),
-        ("fit fuser fused --dta x", "unknown option --dta: did you mean --data?"),
-        ("bench run --sutie minilm-8", "unknown option --sutie: did you mean --suite?"),
-        ("hub serve hub --prot 1", "unknown option --prot: did you mean --port?"),
-        ("eval fused --zzz", "unknown option --zzz"),
-        ("--format json discover", "--format is an option of the command: write it after hf-fusion disc"),
-        ("bench --suite x", "--suite is an option of the command: write it after hf-fusion bench run"),
-        ("fues recipe.yaml --methd x", "command 'fues' is not known: did you mean fuse?"),
-        ("bench reprot results", "command 'reprot' is not known: did you mean report?"),
-        ("fit gate adapter --data x", "command 'gate' is not known: did you mean gates?"),
-        ("hub severe hub", "command 'severe' is not known: did you mean serve?"),
-        ("demo phatgose", "DEMO 'phatgose' is not known: did you mean phatgoose?"),
-        ("discover --format jsn", "--format 'jsn' is not known: did you mean json?"),
-        ("fuse r.yaml -o x --dtype bf17", "--dtype 'bf17' is not known: use one of float32, float16, bfloat16"),
+        ("fuse --methd ties --experts a b", "unknown option --methd|did you mean --method?"),
+        ("fuse recipe.yaml --outptu=x", "unknown option --outptu|did you mean --output?"),
+        ("fit fuser fused --dta x", "unknown option --dta|did you mean --data?"),
+        ("bench run --sutie minilm-8", "unknown option --sutie|did you mean --suite?"),
+        ("hub serve hub --prot 1", "unknown option --prot|did you mean --port?"),
+        ("eval fused --zzz", "unknown option --zzz|hf-fusion eval --help lists all"),
+        ("--format json discover", "hf-fusion has no option --format|write it after the command: hf-fusion discover …"),
+        ("bench --suite x", "hf-fusion bench has no option --suite|write it after the command: hf-fusion bench run …"),
+        ("fues recipe.yaml --methd x", "unknown command 'fues'|did you mean fuse? hf-fusion --help lists all"),
+        ("FUSE recipe.yaml", "unknown command 'FUSE'|did you mean fuse?"),
+        ("serve hub", "unknown command 'serve'|did you mean hub serve?"),
+        ("reprot results", "unknown command 'reprot'|did you mean bench report?"),
+        ("bench reprot results", "unknown command 'reprot'|did you mean report?"),
+        ("fit gate adapter --data x", "unknown command 'gate'|did you mean gates?"),
+        ("hub severe hub", "unknown command 'severe'|did you mean serve?"),
+        ("demo phatgose", "unknown demo 'phatgose'|did you mean phatgoose?"),
+        ("discover --format jsn", "unknown value 'jsn' of --format|did you mean json?"),
+        (
+            "fuse r.yaml -o x --dtype float",
+            "unknown value 'float' of --dtype|did you mean float32, float16 or bfloat16?",
+        ),
+        ("fuse r.yaml -o x --dtype half", "unknown value 'half' of --dtype|use one of float32, float16, bfloat16"),
     ],
 )
 def test_mistyped_word_suggests_the_closest_match(words, message, capsys):
@@ -112,8 +119,8 @@ def test_mistyped_word_suggests_the_closest_match(words, message, capsys):
         main(words.split())
     assert stopped.value.code == 2
     error, hint = capsys.readouterr().err.splitlines()
-    assert error.startswith(f"Error: {message}")
-    assert re.fullmatch(r"  → hf-fusion( \w+)* --help", hint)
+    assert error == f"Error: {message.split('|')[0]}"
+    assert hint.startswith(f"  → {message.split('|')[1]}")
 
 
 @pytest.mark.parametrize("parser", COMMAND_PARSERS, ids=lambda parser: parser.prog)
@@ -122,7 +129,9 @@ def test_every_command_suggests_every_one_of_its_options(parser, capsys):
         mistyped = f"{option[:-2]}{option[-1]}{option[-2]}q"
         with pytest.raises(SystemExit):
             main([*parser.prog.split()[1:], mistyped])
-        assert capsys.readouterr().err.startswith(f"Error: unknown option {mistyped}: did you mean {option}?")
+        error, hint = capsys.readouterr().err.splitlines()
+        assert error == f"Error: unknown option {mistyped}"
+        assert hint == f"  → did you mean {option}? {parser.prog} --help lists all"
 
 
 @pytest.mark.parametrize("words", ["-oDIR", "-o DIR", "--outp DIR", "--output=DIR", "--output -1", "--output 'a -b'"])
@@ -136,7 +145,9 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert "usage: hf-fusion" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["fues"], ["fuse"], ["hub", "serve"], ["discover", "--limit", "many"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["bench"], ["fuse"], ["hub", "serve"], ["discover", "--limit", "many"]], ids=" ".join
+)
 def test_words_that_cannot_be_parsed_end_with_the_help_to_read(words, hf_fusion):
     done = hf_fusion(*words)
     assert done.returncode == 2

@@ -106,19 +106,19 @@ def test_conditions_are_named_by_corruption_and_severity():
 
 
 @pytest.mark.parametrize(
-    ("word", "is_image", "said"),
+    ("word", "is_image", "said", "hint"),
     [
-        ("typos", True, "no corruption 'typos' of pictures"),
-        ("jpeg_compression:1", False, "no corruption 'jpeg_compression:1' of texts"),
-        ("typos:0", False, "no corruption 'typos:0'"),
-        ("typos:x", False, "no corruption 'typos:x'"),
-        ("", False, "no corruption ''"),
+        ("typos", True, "no corruption 'typos' of pictures", "use one of all, contrast"),
+        ("jpeg_compression:1", False, "no corruption 'jpeg_compression:1' of texts", "use one of all, typos"),
+        ("typos:0", False, "no corruption 'typos:0'", "typos:3"),
+        ("typos:x", False, "no corruption 'typos:x'", "severities are 1 to 5: typos:3"),
+        ("", False, "no corruption ''", "use one of all"),
     ],
 )
-def test_unknown_corruptions_are_refused(word, is_image, said):
+def test_unknown_corruptions_are_refused(word, is_image, said, hint):
     with pytest.raises(FusionError, match=said) as told:
         parse_corruptions([word], is_image)
-    assert "all or" in str(told.value)
+    assert hint in str(told.value)
 
 
 def test_rows_are_corrupted_each_by_its_number():

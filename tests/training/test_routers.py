@@ -337,7 +337,7 @@ def test_adapters_and_misfits(tmp_path):
     model = CoefficientMerge([tmp_path / "0", tmp_path / "1"], granularity="task")
     assert model.coefficients.shape == (2,)
     assert all("up_proj" in name or "q_proj" in name for name in model.tensors)
-    with pytest.raises(FusionError, match="granularity='tensor'"):
+    with pytest.raises(FusionError, match="no granularity 'tensor'"):
         CoefficientMerge([tmp_path / "0"], granularity="tensor")
     stranger = Expert("me/gpt2", gpt2(), processor=make_tokenizer())
     with pytest.raises(FusionError, match="me/gpt2 is a GPT2LMHeadModel"):

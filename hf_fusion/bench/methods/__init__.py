@@ -19,8 +19,8 @@ from hf_fusion.bench.methods.declaration import (
     declared_in,
     methods_of,
 )
-from hf_fusion.errors import FusionError, shown, suggestion
-from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.errors import FusionError, path_suggestion, shown, suggestion
+from hf_fusion.merging.methods import MERGE_METHODS, METHODS_LISTING
 
 if TYPE_CHECKING:
     from hf_fusion.bench.candidates import Candidate
@@ -94,7 +94,9 @@ def chosen(words: Sequence[str], kind: str) -> list[str]:
             raise FusionError(f"{word} is for suites of the kind {kinds}, this one is for {kind}")
         if not found:
             families = dict.fromkeys(row.family for row in known.values())
-            raise FusionError(f"no method {shown(word)}", hint=suggestion(word, ["all", "static", *families, *known]))
+            raise FusionError(
+                f"no method {shown(word)}", hint=suggestion(word, ["all", "static", *families, *known], METHODS_LISTING)
+            )
         wanted |= set(found)
     return [name for name in known if name in wanted]
 
@@ -107,7 +109,7 @@ def _read(path: Path) -> list[str]:
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise FusionError(f"{path} is not there", hint="--methods FILE.py, or the name of a method")
+        raise FusionError(f"{path} does not exist", path_suggestion(path, "--methods FILE.py, or the name of a method"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = methods_of(module)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.io.declarations import decorated
 
 if TYPE_CHECKING:
@@ -184,5 +184,7 @@ def methods_of(module: ModuleType) -> dict[str, Method]:
     methods = {row.name: row for value in vars(module).values() for row in getattr(value, _MARK, ())}
     for row in methods.values():
         if row.family not in FAMILIES:
-            raise FusionError(f"{row.name} has the unknown family {shown(row.family)}", hint=", ".join(FAMILIES))
+            raise FusionError(
+                f"{row.name} has the unknown family {shown(row.family)}", hint=suggestion(row.family, FAMILIES)
+            )
     return methods

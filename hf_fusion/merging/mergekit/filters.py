@@ -35,8 +35,7 @@ def read_parameters(
         if parameter is None and key in _known_to_mergekit():
             ignore(key)
         elif parameter is None:
-            hint = suggestion(key, known) if known else "it has none"
-            raise FusionError(f"{where.inner(key)} is not a parameter of {method}", hint)
+            raise FusionError(f"{where.inner(key)} is not a parameter of {method}", suggestion(key, known))
         elif of_model and not parameter.per_model:
             ignore(f"{key} of one model")
         elif key.startswith("nuslerp_"):

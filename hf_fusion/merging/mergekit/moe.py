@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.merging.mergekit.recipes import MaybeDtype, Model
 from hf_fusion.merging.moe.mixtures import MIXTURES, PROMPTED
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -76,9 +76,9 @@ def from_mergekit_moe(content: Mapping[str, Any], name: str) -> Recipe:
     if file.architecture is not None:
         found = [key for key, mixture in MIXTURES.items() if _begins(mixture.title, file.architecture)]
         if not found:
-            titles = ", ".join(mixture.title for mixture in MIXTURES.values())
             raise FusionError(
-                f"{name}: architecture is {shown(file.architecture)}, which is not supported", f"use one of {titles}"
+                f"{name}: architecture is {shown(file.architecture)}, which is not supported",
+                suggestion(file.architecture, [mixture.title for mixture in MIXTURES.values()]),
             )
         parameters["architecture"] = found[0]
     return Recipe("moe", tuple(experts), file.base_model, parameters, file.dtype)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.merging.mergekit.filters import by_filters, chained, read_parameters
-from hf_fusion.merging.methods import MERGE_METHODS
+from hf_fusion.merging.methods import MERGE_METHODS, METHODS_LISTING
 from hf_fusion.merging.settings import Setting
 from hf_fusion.recipe import DTYPES, SMALLEST, Layers, Recipe, RecipeExpert, Slice, SliceSource
 from hf_fusion.schema import Before, Expected, KeyPath, Settings, read_class, refuse_unknown
@@ -178,7 +178,9 @@ class _Reader:
         self._ignored: dict[str, None] = {}
         usable = [name for name, row in MERGE_METHODS.items() if row.mergekit is not None]
         if self.method not in usable:
-            raise self._refused(f"merge_method {shown(self.method)} is not supported", suggestion(self.method, usable))
+            raise self._refused(
+                f"merge_method {shown(self.method)} is not supported", suggestion(self.method, usable, METHODS_LISTING)
+            )
         self.parameters = MERGE_METHODS[self.method].mergekit or {}
 
     def _refused(self, what: str, hint: str | None = None) -> FusionError:

@@ -9,6 +9,8 @@ from hf_fusion.merging.methods.declaration import MergeMethod, methods_in
 
 MERGE_METHODS = methods_in(Path(__file__).parent)
 """Name of a method → its declaration."""
+METHODS_LISTING = "hf-fusion methods"
+"""The command that lists all methods, and with a method's name its parameters; for hints."""
 
 
 def method_named(name: str) -> MergeMethod:
@@ -18,7 +20,7 @@ def method_named(name: str) -> MergeMethod:
         FusionError: there is no such method.
     """
     if name not in MERGE_METHODS:
-        raise FusionError(f"{shown(name)} is not a static method", suggestion(name, MERGE_METHODS))
+        raise FusionError(f"{shown(name)} is not a static method", suggestion(name, MERGE_METHODS, METHODS_LISTING))
     return MERGE_METHODS[name]
 
 
@@ -32,4 +34,4 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-__all__ = ["MERGE_METHODS", "MergeMethod", "method_named", "methods_table"]
+__all__ = ["MERGE_METHODS", "METHODS_LISTING", "MergeMethod", "method_named", "methods_table"]

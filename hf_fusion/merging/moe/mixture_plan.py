@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.merging.engine.checkpoint import OpenFiles
 from hf_fusion.merging.engine.open_models import Model
 from hf_fusion.merging.engine.output import TensorSpec
@@ -132,8 +132,8 @@ def _mixture(model: Model, wanted: str) -> Mixture:
     kind = model.config.get("model_type")
     found = {name: mixture for name, mixture in MIXTURES.items() if kind in mixture.sources}
     if not found:
-        known = ", ".join(kind for mixture in MIXTURES.values() for kind in mixture.sources)
-        raise FusionError(f"{model.name} is a {shown(kind)}, for which there is no mixture", f"use one of: {known}")
+        known = [source for mixture in MIXTURES.values() for source in mixture.sources]
+        raise FusionError(f"{model.name} is a {shown(kind)}, for which there is no mixture", suggestion(kind, known))
     if wanted != "auto" and wanted not in found:
         raise FusionError(
             f"{model.name} is a {shown(kind)}, which cannot become a {wanted}", f"architecture: {min(found)}"

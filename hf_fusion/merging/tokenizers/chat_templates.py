@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.hub.manifests import TEMPLATES as FOLDER
 from hf_fusion.io.files import own_file, read_file, read_text
 from hf_fusion.io.json_files import read_json
@@ -86,7 +86,7 @@ def set_template(files: dict[str, bytes], wanted: str, models: Mapping[str, Mode
     else:
         raise FusionError(
             f"chat_template: {shown(wanted)} is neither a known template nor one of the models",
-            f"use auto, {', '.join(TEMPLATES)}, one of the models, or Jinja",
+            f"{suggestion(wanted, ['auto', *TEMPLATES, *models])} (or Jinja)",
         )
     if "tokenizer_config.json" not in files:
         raise FusionError("chat_template: the merged model has no tokenizer_config.json", "leave it out")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_fusion.errors import FusionError, shown
+from hf_fusion.errors import FusionError, shown, suggestion
 from hf_fusion.hub.download import download
 from hf_fusion.hub.manifests import TEMPLATES
 from hf_fusion.hub.refs_to_files import resolve
@@ -251,7 +251,7 @@ def _rule(
     if isinstance(source, TokenSource) and source.kind == "zero":
         return _Rule(merged[token], None, 0, request.force)
     if model is None or model not in named:
-        raise FusionError(f"{where} is {shown(model)}, which is not one of the merged models", "name it as they do")
+        raise FusionError(f"{where} is {shown(model)}, which is not one of the merged models", suggestion(model, named))
     key = id(named[model])
     row = wanted if type(wanted) is int else tokenizers[key].ids.get(str(wanted), -1)
     if not 0 <= row < limits[key]:
