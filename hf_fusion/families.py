@@ -80,8 +80,12 @@ class FamilyMethod:
     @property
     def options(self) -> dict[str, Field]:
         """Its options by name, parsed from the source file, which is not imported."""
-        file = Path(models.__file__).with_name(f"modeling_{self.family}.py")
-        return {name: field for name, field in declared(file, self.constructor).items() if name != "base"}
+        return {name: field for name, field in declared(self.file, self.constructor).items() if name != "base"}
+
+    @property
+    def file(self) -> Path:
+        """The source file of its family's model."""
+        return Path(models.__file__).with_name(f"modeling_{self.family}.py")
 
 
 @dataclass(frozen=True)

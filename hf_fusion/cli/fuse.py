@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="a fusion.yaml, a folder that contains one, or a mergekit recipe"
     )
-    parser.add_argument("--method", help="fusion method, instead of a recipe")
+    parser.add_argument("--method", help="fusion method, instead of a recipe; hf-fusion methods lists all")
     parser.add_argument("--experts", nargs="+", default=[], metavar="ID", help="owner/name[@revision] or folders")
     parser.add_argument(
         "--base", metavar="ID", help="base model of the experts; for adapters, instead of the recorded one"

@@ -37,6 +37,15 @@ def declared(file: Path, name: str) -> dict[str, Field]:
     return parameters_of(known[name])
 
 
+def docstring(file: Path, name: str = "") -> str:
+    """The docstring of a file that is not imported, or of its first function or method of that name."""
+    tree = ast.parse(file.read_text("utf-8"))
+    if not name:
+        return ast.get_docstring(tree) or ""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return next((ast.get_docstring(node) or "" for node in functions if node.name == name), "")
+
+
 def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> list[tuple[str, list[Any], dict[str, Any]]]:
     """The functions of a file that have a decorator, and its arguments each time, without importing the file.
 
