@@ -14,6 +14,12 @@ from weakref import ref
 import torch
 
 
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among a forward's arguments, or None; transformers 5.24 renamed the argument."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
 @dataclass(eq=False)
 class Scope:
     """A value that is valid from the entry to the exit of a `with` block; blocks may be left in any order.

@@ -35,7 +35,7 @@ TOKENS = (
 PROMPT = ("input_ids", "attention_mask", "token_type_ids")  # what a processor returns for every expert
 # Arguments of `generate` by position, after inputs and generation_config.
 POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]
-OF_ONE_MODEL = ("past_key_values", "streamer", "mm_encoder_outputs")
+OF_ONE_MODEL = ("past_key_values", "cache", "streamer", "mm_encoder_outputs")
 NOT_BY_ROW = ("cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask")
 
 

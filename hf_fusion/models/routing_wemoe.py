@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fused_calls import Calls
+from .fused_calls import Calls, cache_in
 from .recomputing_wemoe import remember
 
 Coefficients = torch.Tensor | Sequence[float] | Mapping[str, torch.Tensor | Sequence[float]] | str
@@ -238,7 +238,8 @@ class Stack:
         call: Call | None = calls.current()
         if call is None:  # the pre-hook raised an error
             return
-        cache, pin = getattr(output, "past_key_values", None), call.readings[self.index].pin
+        name = "cache" if hasattr(output, "cache") else "past_key_values"  # transformers 5.24 renamed it
+        cache, pin = getattr(output, name, None), call.readings[self.index].pin
         if cache is not None and pin is not None:
             setattr(cache, PIN, pin)
         if call.part is self:
@@ -252,11 +253,11 @@ class Stack:
         """
         pin = None
         if self.kind != "encoder":
-            cache: Any = arguments.get("past_key_values")
+            cache = cache_in(arguments)
             if cache is not None and int(cache.get_seq_length()) > 0:
                 pin = getattr(cache, PIN, None)
                 if pin is None:
-                    raise ValueError("past_key_values were not filled by this model, so their routing is unknown")
+                    raise ValueError("the cache was not filled by this model, so its routing is unknown")
                 return Reading(pin=pin, decodes=True)
             pin = Pin()
             if cache is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .assembly_phatgoose import readers_of
+from .fused_calls import cache_in
 from .routing_phatgoose import RoutedHead
 from .state_phatgoose import Routing, RoutingCalls
 from .trace_phatgoose import PhatgooseTrace
@@ -46,7 +47,7 @@ class RunningMixin:
             if (records or not torch.compiler.is_dynamo_compiling()) and (last := self.calls.last()) is not None:
                 state.trace, state.records = last.trace, records and last.trace is not None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache, mask, encoded = (given.get(name) for name in ("past_key_values", "attention_mask", "encoder_outputs"))
+        cache, mask, encoded = cache_in(given), given.get("attention_mask"), given.get("encoder_outputs")
         if reads:
             state.tally = None
             state.counts_for = self.config.num_experts if self._heads else 0

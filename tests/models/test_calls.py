@@ -16,9 +16,10 @@ from weakref import ref
 import pytest
 import torch
 from threads import run_tasks, wrong_calls
+from transformers import DynamicCache
 
 from hf_fusion.models import fused_calls
-from hf_fusion.models.fused_calls import _SCOPE, Calls
+from hf_fusion.models.fused_calls import _SCOPE, Calls, cache_in
 
 
 def test_state_ends_with_its_call():
@@ -181,3 +182,10 @@ def test_no_family_uses_the_global_is_compiling_flag():
     files = list(Path(fused_calls.__file__).parent.glob("*.py"))
     assert [file.name for file in files if "compiler.is_compiling()" in file.read_text(encoding="utf-8")] == []
     assert any("is_dynamo_compiling()" in file.read_text(encoding="utf-8") for file in files)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # since transformers 5.24, and before
+def test_a_cache_is_found_under_either_name(name):
+    cache = DynamicCache()
+    assert cache_in({"input_ids": None, "cache": None, name: cache}) is cache
+    assert cache_in({"input_ids": None}) is None

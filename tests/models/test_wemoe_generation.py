@@ -126,7 +126,7 @@ def test_cache_keeps_the_coefficients_of_its_prompt():
             assert close(output.logits[:, 0], whole[:, position]) <= 1e-5
         assert other.past_key_values is not cache
         strange = llama()(input_ids=IDS[:2], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="past_key_values were not filled by this model"):
+        with pytest.raises(ValueError, match="the cache was not filled by this model"):
             model(input_ids=IDS[:2, :1], past_key_values=strange)
 
 
