@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # where editors and type checkers find the names
     from hf_fusion.fused_models import FoEForGeneration as FoEForGeneration
     from hf_fusion.fused_models import FoEModel as FoEModel
     from hf_fusion.fused_models import FoEProcessor as FoEProcessor
+    from hf_fusion.fused_models import FoETrace as FoETrace
     from hf_fusion.fused_models import PhatgooseConfig as PhatgooseConfig
     from hf_fusion.fused_models import PhatgooseForGeneration as PhatgooseForGeneration
     from hf_fusion.fused_models import PhatgooseRouter as PhatgooseRouter
@@ -117,6 +118,7 @@ _PUBLIC = {
         "FoEForGeneration",
         "FoEModel",
         "FoEProcessor",
+        "FoETrace",
         "PhatgooseConfig",
         "PhatgooseForGeneration",
         "PhatgooseRouter",

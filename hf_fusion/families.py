@@ -177,8 +177,9 @@ def _foe_classes() -> Classes:
     from hf_fusion.models.configuration_foe import FoEConfig
     from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
     from hf_fusion.models.processing_foe import FoEProcessor
+    from hf_fusion.models.trace_foe import FoETrace
 
-    return Classes(FoEModel, FoEForGeneration, FoEConfig, processor=FoEProcessor)
+    return Classes(FoEModel, FoEForGeneration, FoEConfig, FoETrace, FoEProcessor)
 
 
 FOE = Family(
@@ -230,7 +231,7 @@ PHATGOOSE = Family(
 def _wemoe_classes() -> Classes:
     from hf_fusion.models.configuration_wemoe import WEMoEConfig
     from hf_fusion.models.modeling_wemoe import WEMoEForGeneration, WEMoEModel
-    from hf_fusion.models.routing_wemoe import WEMoETrace
+    from hf_fusion.models.trace_wemoe import WEMoETrace
 
     return Classes(WEMoEModel, WEMoEForGeneration, WEMoEConfig, WEMoETrace)
 

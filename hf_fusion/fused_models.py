@@ -18,8 +18,9 @@ from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
 from hf_fusion.models.modeling_phatgoose import PhatgooseForGeneration, PhatgooseRouter
 from hf_fusion.models.modeling_wemoe import WEMoEForGeneration, WEMoEModel
 from hf_fusion.models.processing_foe import FoEProcessor
-from hf_fusion.models.routing_wemoe import WEMoETrace
+from hf_fusion.models.trace_foe import FoETrace
 from hf_fusion.models.trace_phatgoose import PhatgooseTrace
+from hf_fusion.models.trace_wemoe import WEMoETrace
 from hf_fusion.training.gates import arrow_prototypes
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ PhatgooseRouter.load_experts = staticmethod(_load_for_phatgoose)
 WEMoEModel.load_experts = staticmethod(_load_for_wemoe)
 
 __all__ = [
-    "FoEConfig", "FoEForGeneration", "FoEModel", "FoEProcessor", "PhatgooseConfig", "PhatgooseForGeneration",
-    "PhatgooseRouter", "PhatgooseTrace", "WEMoEConfig", "WEMoEForGeneration", "WEMoEModel", "WEMoETrace",
+    "FoEConfig", "FoEForGeneration", "FoEModel", "FoEProcessor", "FoETrace", "PhatgooseConfig",
+    "PhatgooseForGeneration", "PhatgooseRouter", "PhatgooseTrace", "WEMoEConfig", "WEMoEForGeneration",
+    "WEMoEModel", "WEMoETrace",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,6 +220,9 @@ class Recipe:
         """
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=10_000)
         return text
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.to_yaml())}</pre>"
 
     def save(self, path: str | Path) -> None:
         """Writes the recipe to a file, atomically.

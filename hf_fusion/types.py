@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from hf_fusion.models.fused_html import facts_table, first_of, lines_of, table_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,6 +193,12 @@ class ExpertInfo:
         """The base that it records, if any."""
         return ModelRef(self.base_model, self.base_revision) if self.base_model else None
 
+    def _repr_html_(self) -> str:
+        shown = {"id": self.id, "commit": self.sha, "MB": round(self.size / 1e6, 1)}
+        for item in fields(self)[2:]:
+            shown |= {} if item.name == "size" else {item.name: getattr(self, item.name) or None}
+        return facts_table(shown)
+
 
 class ForwardModel(Protocol):
     """A model by its forward: a `PreTrainedModel`, or what stands for one, such as an expert with other weights."""
@@ -264,6 +272,9 @@ class Gates:
         """What cards and tables call them: the kind, and whether they read whitened inputs."""
         return f"whitened {self.kind}" if self.offsets else self.kind
 
+    def _repr_html_(self) -> str:
+        return facts_table({"gates": self.description, "linears": list(self.vectors), **self.facts})
+
 
 @dataclass
 class Expert:
@@ -297,3 +308,26 @@ class Expert:
     def ref(self) -> ModelRef:
         """What finds it again on the Hub; of a folder or of a model in memory, its name."""
         return ModelRef(self.name, self.revision)
+
+    def _row(self) -> dict[str, Any]:
+        """What tables of notebooks show of it: no weights."""
+        parts = "" if self.adapter is None else f" + LoRA on {len(self.adapter.lora)} modules"
+        return {
+            "name": self.name,
+            "commit": (self.revision or "")[:7],
+            "model": f"{type(self.model).__name__}{parts}",
+            "task": self.task or "",
+            "labels": ", ".join(lines_of(self.labels)),
+            "gates": self.gates.description if self.gates else "",
+            "license": self.license or "",
+        }
+
+    def _repr_html_(self) -> str:
+        return facts_table(self._row())
+
+
+class ExpertList(list[Expert]):
+    """The result of `load_experts`: a list that notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        return table_of_rows(first_of([expert._row() for expert in self], "experts"))

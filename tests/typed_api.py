@@ -38,6 +38,7 @@ def fuse(experts: list[hf.Expert]) -> None:
     assert_type(foe.config, hf.FoEConfig)
     assert_type(foe.processor, hf.FoEProcessor)
     assert_type(foe.summary(), Summary)
+    assert_type(foe.routing_trace(), hf.FoETrace)
     assert_type(router.routing_trace(), hf.PhatgooseTrace)
     assert_type(wemoe.routing_trace(), hf.WEMoETrace)
     assert_type(hf.FoEModel.from_pretrained("me/fused"), hf.FoEModel)

@@ -12,6 +12,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.intervals import Score
 from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file
+from hf_fusion.models.fused_html import first_of, table_of_rows
 from hf_fusion.schema import KeyPath, fields_of, read_class
 
 Metric = Literal["accuracy", "exact", "tokens"]
@@ -201,14 +202,29 @@ class Results:
 
     def text(self) -> str:
         """All tables as text: the predictors, the fused model's lead over each, the single experts."""
+        return "\n\n".join(aligned(rows) for rows in self._tables() if rows)
+
+    def _repr_html_(self) -> str:
+        captions = (
+            ", ".join(f"{task.name}: {task.n:,} rows" for task in self.tasks) if self.pooled else "",
+            "",
+            "Single experts",
+        )
+        return "".join(
+            table_of_rows(first_of(rows, "rows"), caption, right=True)
+            for rows, caption in zip(self._tables(), captions, strict=True)
+            if rows
+        )
+
+    def _tables(self) -> tuple[list[dict[str, str]], ...]:
+        """The predictors, the fused model's lead over each, the single experts; empty where there are none."""
         leads = [
             {"lead over": predictor.name, **{group: str(score) for group, score in predictor.lead.items()}}
             for predictor in self.predictors
             if predictor.lead
         ]
         has_singles = not self.pooled and any(predictor.kind == "expert" for predictor in self.predictors)
-        singles = self.table(experts=True) if has_singles else []
-        return "\n\n".join(aligned(rows) for rows in (self.table(), leads, singles) if rows)
+        return self.table(), leads, self.table(experts=True) if has_singles else []
 
 
 # ---------------------------------------------------------------- reading

@@ -15,7 +15,7 @@ from hf_fusion.errors import FusionError, first_line
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.adapter_placement import match_parameters
 from hf_fusion.hub.client import hub_api, in_parallel
-from hf_fusion.hub.discover import info_row
+from hf_fusion.hub.discover import html_row, info_row
 from hf_fusion.hub.formats import has_processor
 from hf_fusion.hub.gates_file import GATES_FILE, gate_problem
 from hf_fusion.hub.headers import LoadReport, LoadReportCache, Shapes, check_load, hub_shapes, native_config
@@ -44,6 +44,7 @@ from hf_fusion.hub.task_heads import (
     label_names,
     normalise_label,
 )
+from hf_fusion.models.fused_html import first_of, table_of_rows
 from hf_fusion.progress import track
 from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
@@ -73,6 +74,19 @@ class Compatibility:
         rows = [(info, "") for info in self.accepted]
         rows += [(r.info, "; ".join(map(str, r.reasons))) for r in self.rejected]
         return [{**info_row(info), "rejected": reasons} for info, reasons in rows]
+
+    def _repr_html_(self) -> str:
+        """The same, with a line for each reason beside the id."""
+        verdicts: list[tuple[ExpertInfo, tuple[Reason, ...]]] = [(info, ()) for info in self.accepted]
+        verdicts += [(entry.info, entry.reasons) for entry in self.rejected]
+        rows: list[dict[str, Any]] = []
+        for info, reasons in verdicts:
+            row = html_row(info)
+            verdict = {"accepted": "no" if reasons else "yes", "rejected because": [str(reason) for reason in reasons]}
+            rows.append({"id": row.pop("id"), **verdict, **row})
+        accepted = len(self.accepted)
+        shown = [*first_of(rows[:accepted], "accepted"), *first_of(rows[accepted:], "rejected")]
+        return table_of_rows(shown, f"{accepted:,} accepted, {len(self.rejected):,} rejected")
 
 
 @dataclass(frozen=True)

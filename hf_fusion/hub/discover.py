@@ -17,6 +17,7 @@ from hf_fusion.hub.refs_to_files import resolve_repo
 from hf_fusion.hub.remote_files import CARD_ERRORS, DESCRIBED
 from hf_fusion.hub.selection import safe_files
 from hf_fusion.hub.task_heads import architectures, default_task, head_of_adapter, label_names
+from hf_fusion.models.fused_html import first_of, lines_of, table_of_rows
 from hf_fusion.types import ExpertInfo, ModelRef, as_commit
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class Experts(Sequence[ExpertInfo]):
         """One row per expert."""
         return [info_row(info) for info in self.infos]
 
+    def _repr_html_(self) -> str:
+        found = f"{len(self):,} expert{'' if len(self) == 1 else 's'} found"
+        return table_of_rows(first_of([html_row(info) for info in self.infos], "experts"), found)
+
 
 def info_row(info: ExpertInfo) -> dict[str, Any]:
     """An expert as a table row of printable text."""
@@ -63,6 +68,11 @@ def info_row(info: ExpertInfo) -> dict[str, Any]:
         "MB": round(info.size / 1e6, 1),
     }
     return {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def html_row(info: ExpertInfo) -> dict[str, Any]:
+    """An expert as a row of a notebook's table: as `info_row`, with many labels cut."""
+    return info_row(info) | {"labels": ", ".join(lines_of([printable(label) for label in info.labels]))}
 
 
 def discover(

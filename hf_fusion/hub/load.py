@@ -38,7 +38,7 @@ from hf_fusion.hub.task_heads import (
 )
 from hf_fusion.io.files import own_file, read_file
 from hf_fusion.progress import phase
-from hf_fusion.types import Adapter, Expert, ExpertInfo, ModelRef
+from hf_fusion.types import Adapter, Expert, ExpertInfo, ExpertList, ModelRef
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,8 @@ def load_experts(
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
-        One `Expert` each, in order. Adapters carry their base in ``model`` and their tensors in ``adapter``.
+        One `Expert` each, in order, in a list that notebooks show as a table. Adapters carry their base in ``model``
+        and their tensors in ``adapter``.
 
     Raises:
         FusionError: naming the expert and what is wrong with it.
@@ -138,7 +139,7 @@ class _Loader:
                 for i, expert in self._adapters({i: sources[i] for i in group}, bases.get(group[0])).items():
                     loaded[i] = expert
                     progress.advance()
-        return [expert for expert in loaded if expert is not None]
+        return ExpertList(expert for expert in loaded if expert is not None)
 
     def _files(self, source: Source) -> list[str]:
         small = pick_small(source, code=self._may_run_code(source))

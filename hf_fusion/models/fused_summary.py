@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-MOST = 10  # entries of a list that are shown
+from .fused_html import facts_table, lines_of
 
 
 class Summary(dict[str, Any]):
@@ -18,33 +18,19 @@ class Summary(dict[str, Any]):
 
     __str__ = __repr__
 
+    def _repr_html_(self) -> str:
+        return facts_table(self)
+
 
 def table(values: Mapping[str, Any]) -> str:
     """One line for each value that is not empty; for a list or mapping, one line for each of its first entries."""
-    shown = {name.replace("_", " "): lines for name, value in values.items() if (lines := _lines(value))}
+    shown = {name.replace("_", " "): lines for name, value in values.items() if (lines := lines_of(value))}
     width = max(map(len, shown), default=0)
     return "\n".join(
         f"{name if number == 0 else '':{width}}  {line}".rstrip()
         for name, lines in shown.items()
         for number, line in enumerate(lines)
     )
-
-
-def _lines(value: Any) -> list[str]:
-    if value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value):
-        return []
-    if isinstance(value, Mapping):
-        width = max(len(str(name)) for name in value)
-        lines = [f"{name!s:{width}}  {_lines(entry)[0] if _lines(entry) else ''}" for name, entry in value.items()]
-    elif isinstance(value, (list, tuple)):
-        lines = [str(entry) for entry in value]
-    elif isinstance(value, bool):
-        lines = ["yes" if value else "no"]
-    elif isinstance(value, (int, float)):
-        lines = [f"{value:,}" if isinstance(value, int) else f"{value:.4g}"]
-    else:
-        lines = [str(value)]
-    return lines if len(lines) <= MOST else [*lines[: MOST - 1], f"… and {len(lines) - MOST + 1} more"]
 
 
 def described(model: nn.Module, inner: str, **facts: Any) -> str:

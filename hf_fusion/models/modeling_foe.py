@@ -28,6 +28,7 @@ from .fused_summary import Summary, described
 from .fuser_foe import Fuser
 from .generation_foe import SelectionMixin
 from .processing_foe import FoEProcessor
+from .trace_foe import FoETrace
 
 
 class FoEModel(BackbonesMixin, FusedPreTrainedModel):
@@ -433,13 +434,13 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         if self.record_routing:
             self._calls.keep({"answers": answers.detach(), **{k: v.detach() for k, v in routing.items()}})
 
-    def routing_trace(self) -> dict[str, Any]:
+    def routing_trace(self) -> FoETrace:
         """The routing of this thread's or task's last forward; set ``model.record_routing = True`` first.
 
         Returns:
-            "experts" (names), "cost_shares", "answers" (B, C), the model's outputs, "order" (B, K): 1 for the expert
-            queried first, 0 for one not queried (in selection: 1 for the chosen one), and "outputs" (B, K, C), as the
-            fuser reads them, in output mode or "scores" (B, K) in selection.
+            A dict: "experts" (names), "cost_shares", "answers" (B, C), the model's outputs, "order" (B, K): 1 for the
+            expert queried first, 0 for one not queried (in selection: 1 for the chosen one), and "outputs" (B, K, C),
+            as the fuser reads them, in output mode or "scores" (B, K) in selection.
 
         Raises:
             ValueError: nothing was recorded in this thread or task.
@@ -450,7 +451,7 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
                 "same thread or task"
             )
         names = [expert["name"] for expert in self.config.experts]
-        return {"experts": names, "cost_shares": self.config.cost_shares, **trace}
+        return FoETrace({"experts": names, "cost_shares": self.config.cost_shares, **trace}, self.config.id2label)
 
     def summary(self) -> Summary:
         """Describes the model in numbers.

@@ -24,7 +24,8 @@ from .generation_wemoe import NO_PAGES, check_generation
 from .heads_wemoe import activate_heads, fill_heads, install_heads, name_classes, with_classes, with_one_head
 from .linears_wemoe import UpscaledLinear
 from .recomputing_wemoe import Remembering, forget
-from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, WEMoETrace, by_unit, index_of, remove_stack_hooks
+from .routing_wemoe import Coefficients, Router, Shared, Stack, Unit, by_unit, index_of, remove_stack_hooks
+from .trace_wemoe import WEMoETrace
 
 
 class WEMoEModel(BackboneMixin, FusedPreTrainedModel):

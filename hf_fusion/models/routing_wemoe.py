@@ -412,59 +412,6 @@ class Unit:
         return w.to(hidden.dtype)
 
 
-class WEMoETrace:
-    """Coefficients by layer and sample; returned by `WEMoEModel.routing_trace` and `WEMoEModel.trace_forward`.
-
-    Args:
-        experts: names.
-    """
-
-    def __init__(self, experts: list[str]) -> None:
-        self.experts = experts
-        self._parts: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, w: torch.Tensor, rows: int) -> None:
-        """Adds the coefficients of a unit; called by the unit.
-
-        Args:
-            name: of the unit.
-            w: (B, K), or (1, K) for all rows.
-            rows: B.
-        """
-        w = w.to("cpu", torch.float32)
-        self._parts[name] = w.expand(rows, -1) if len(w) == 1 else w
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the units, in the order in which they ran."""
-        return list(self._parts)
-
-    def coefficients(self, layer: str | None = None) -> torch.Tensor:
-        """Coefficients of one layer or of all; for SMILE, means over the tokens of a unit's last linear.
-
-        Args:
-            layer: one of `layers`; None for all.
-
-        Returns:
-            (B, K) for one layer, (B, L, K) for all.
-
-        Raises:
-            KeyError: there is no such layer.
-        """
-        return self._parts[layer] if layer is not None else torch.stack(list(self._parts.values()), 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trace as plain lists, for JSON.
-
-        Returns:
-            "experts" (names) and "layers" (name -> (B, K), rounded to 4 decimals).
-        """
-        return {
-            "experts": self.experts,
-            "layers": {name: w.round(decimals=4).tolist() for name, w in self._parts.items()},
-        }
-
-
 __all__ = [
     "Coefficients",
     "Pin",
@@ -472,7 +419,6 @@ __all__ = [
     "Shared",
     "Stack",
     "Unit",
-    "WEMoETrace",
     "by_unit",
     "index_of",
     "remove_stack_hooks",

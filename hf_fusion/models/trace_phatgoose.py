@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .fused_html import MOST_ROWS, heat_table
+
 
 class PhatgooseTrace:
     """The routing of a router's last sequences; returned by `PhatgooseRouter.routing_trace`.
@@ -178,6 +180,46 @@ class PhatgooseTrace:
             },
             "dropped": self.dropped,
         }
+
+    def _repr_html_(self) -> str:
+        """Tables of the experts' weights: by linear, and by token of the first sequence."""
+        totals = {module: self.expert_weights(module).sum((0, 1)) for module in self.modules}
+        if not totals:
+            return "<p>No tokens were routed.</p>"
+        shares = {module: (total / total.sum().clamp(min=1e-9)).tolist() for module, total in totals.items()}
+        usage = list(self.usage().values())
+        last = self.choices(self.modules[-1])[0]
+        rows, tokens = last.shape[:2]
+        read = (last[0] >= 0).any(-1).nonzero().flatten().tolist()  # not padding
+        shown = read[-MOST_ROWS:]
+        seen = f"{rows:,} × {tokens:,} tokens" if rows > 1 else f"{tokens:,} tokens"
+        which = " of the first sequence" if rows > 1 else ""
+        cut = f", the last {len(shown)} of {len(read):,}" if len(shown) < len(read) else ""
+        return heat_table(
+            self.experts,
+            [("all", usage), *shares.items()],
+            f"Share of the routing weight: {seen}, {len(shares):,} linears",
+            first="linear",
+            order=usage,
+            rest="linears",
+        ) + heat_table(
+            self.experts,
+            list(zip(shown, self._mean_weights_of(shown).tolist(), strict=True)),
+            f"Mean over linears, by token{which}{cut}",
+            first="token",
+            order=usage,
+            rest="tokens",
+        )
+
+    def _mean_weights_of(self, positions: Sequence[int]) -> torch.Tensor:
+        """`mean_weights` of some tokens of the first sequence alone, (T, E): a trace may have thousands of tokens."""
+        kept = [self.choices(module) for module in self.modules]
+        kept = [(choice, weight) for choice, weight in kept if choice.shape[:2] == kept[-1][0].shape[:2]]
+        mean = torch.zeros(len(positions), len(self.experts))
+        for choice, weight in kept:
+            choice, weight = choice[0, positions].long(), weight[0, positions]
+            mean.scatter_add_(1, choice.clamp(min=0), weight.masked_fill(choice < 0, 0))
+        return mean / len(kept)
 
 
 __all__ = ["PhatgooseTrace"]

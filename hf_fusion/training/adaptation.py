@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+
+from hf_fusion.models.fused_html import facts_table, first_of, table
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ class Adaptation:
     before: dict[str, Diagnostics] = field(default_factory=dict)
     after: dict[str, Diagnostics] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """Tables: the settings, and each task's diagnostics before and after."""
+        names = [item.name for item in fields(Diagnostics)]
+        rows = [
+            [task, *(f"{getattr(before, name):.2f} → {getattr(self.after[task], name):.2f}" for name in names)]
+            for task, before in self.before.items()
+            if task in self.after
+        ]
+        tasks = table(["task", *names], first_of(rows, "tasks"), "Before → after, on validation rows", right=True)
+        return facts_table(self.for_config()) + (tasks if rows else "")
 
     def for_config(self) -> dict[str, Any]:
         """The fields that are stored in the model's config and shown on its card."""

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_fusion.errors import FusionError
 from hf_fusion.models.frugal_foe import FrugalPolicy, candidate_subsets
+from hf_fusion.models.fused_html import facts_table
 from hf_fusion.progress import phase
 from hf_fusion.training.callbacks import set_progress
 from hf_fusion.training.costs import measure_latency, set_costs
@@ -52,6 +53,9 @@ class Fit:
     accuracy: float | None
     cost_weight: float | None
     missing_labels: list[str]
+
+    def _repr_html_(self) -> str:
+        return facts_table(vars(self))
 
 
 def fit_fuser(

@@ -15,7 +15,8 @@ from tiny_fused import experts_of as fine_tunes_of
 from transformers import pipeline
 
 from hf_fusion import Expert, FoEModel, PhatgooseRouter, WEMoEModel
-from hf_fusion.models.fused_summary import MOST, Summary
+from hf_fusion.models.fused_html import MOST
+from hf_fusion.models.fused_summary import Summary
 
 
 def foe(count: int = 2) -> FoEModel:
