@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "benchmark fusion methods on suites of tasks",
     "publish": "push a fused model and its card to the Hub",
     "hub": "run a Hub on this machine",
+    "completion": "print a script by which a shell completes commands",
     "demo": "run the whole pipeline once, on real models and data",
 }
 SUBCOMMANDS = ("action", "target", "demo")  # attributes of the arguments that name a command's subcommand
@@ -100,8 +101,8 @@ def command(name: str) -> ModuleType:
     return import_module(f"{__package__}.{name}")
 
 
-def build_parser(wanted: str | None = None) -> Parser:
-    """The parser: all commands with their help line, and the arguments of the command `wanted`."""
+def build_parser(*wanted: str | None) -> Parser:
+    """The parser: all commands with their help line, and the arguments of the commands `wanted`."""
     parser = Parser(
         prog="hf-fusion",
         description="Fuse fine-tuned models and LoRA adapters from the Hugging Face Hub into one better model.",
@@ -111,7 +112,7 @@ def build_parser(wanted: str | None = None) -> Parser:
     parser.add_argument("--version", action="version", version=f"hf_fusion {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, line in COMMANDS.items():
-        if name == wanted:
+        if name in wanted:
             module = command(name)
             chosen = commands.add_parser(name, help=line, description=module.__doc__, examples=module.EXAMPLES)
             module.add_arguments(chosen)

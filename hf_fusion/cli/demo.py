@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo, its folder and its Hub."""
     demos = {name: family.demo for name, family in FAMILIES.items() if family.demo}
     shown = "; ".join(f"{name}: {demo.shows}" for name, demo in demos.items())
-    parser.add_argument("demo", nargs="?", default="foe", choices=demos, metavar="DEMO", help=f"{shown} (default: foe)")
+    parser.add_argument(
+        "demo", nargs="?", default="foe", choices=list(demos), metavar="DEMO", help=f"{shown} (default: foe)"
+    )
     parser.add_argument("--folder", default="demo", metavar="DIR", help="folder for all files (default: demo)")
     parser.add_argument("--real-hub", action="store_true", help="use the Hub at HF_ENDPOINT instead of an embedded one")
     parser.add_argument("--namespace", metavar="NAME", help="owner of the repos (default on the embedded Hub: demo)")

@@ -81,6 +81,10 @@ class Out:
         if self.mode == "human":
             self._write("\n".join(map(_plain, text.splitlines())))
 
+    def script(self, text: str) -> None:
+        """Print a text of this package's own as it is, in every mode."""
+        self._write(text)
+
     def dict(self, data: Mapping[str, Any], key: str | None = None) -> None:
         """Print named values; in quiet mode only that of `key`, by default the first.
 
