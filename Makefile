@@ -7,6 +7,7 @@
 #   make test-cpus the numeric tests with other processors' vectors and with more threads
 #   make test-all  the slow, trained suites as well
 #   make docs      the documentation site, into site/
+#   make notebooks execute examples/0*.py, and keep them with their outputs as notebooks
 #   make bench     the performance measurements
 #   make numbers ONLY=NAME DATA=DIR   measure one source of README's figures again, and write them; without ONLY all: hours
 #   make numbers-render               write README, cards and docs/numbers.md from the measurements that are there
@@ -32,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile -n
 # The whole suite waits for processes, pages and disks for a third of its time: one test process more uses it.
 MORE_WORKERS = $$(($(WORKERS) + 1))
 
-.PHONY: demo docs test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
+.PHONY: demo docs notebooks test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -55,6 +56,9 @@ check: $(VENV)/test-installed
 
 docs: $(VENV)/test-installed # a broken link, or a parameter that a public docstring does not describe, is an error
 	$(DOCS)
+
+notebooks: $(VENV)/test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python docs/notebooks.py
 
 test-cpus: $(VENV)/test-installed
 	$(BIN)/python tests/cpus.py --workers $(WORKERS)

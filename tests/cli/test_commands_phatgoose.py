@@ -17,7 +17,38 @@ from tiny_routed import save_base, save_lora
 from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.results import Results
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+GATES = """\
+import sys
+
+from hf_fusion import push_gates, train_gates
+from hf_fusion.data import load_rows
+
+adapter, data = sys.argv[1:]
+gates = train_gates(adapter, load_rows(data), steps=100, batch_size=8)
+before, after = gates.facts["loss_before"], gates.facts["loss_after"]
+print(f"gates of {len(gates.vectors)} linear layers, loss {before:.3f} → {after:.3f}")
+
+pushed = push_gates(gates, adapter)
+print(f"pushed to {pushed.repo_id} at {pushed.sha[:10]}")
+"""
+ROUTE = """\
+import sys
+
+from hf_fusion import check_compatibility, discover, fuse, publish
+
+base, author, repo = sys.argv[1:]
+found = discover(tags="phatgoose-gates", author=author, base_model=base)
+verdict = check_compatibility(found, base_model=base, need_gates=True)  # reads configs and headers, no weights
+for entry in verdict.rejected:
+    print(f"rejected  {entry.info.id:25} {entry.reasons[0]}")
+
+router = fuse("phatgoose", verdict.accepted, top_k=2, base_by_reference=True)  # each at the commit that was looked at
+for name in router.experts:
+    print(f"routed    {name}")
+
+published = publish(router, repo)  # private; its card pins the commit
+print(f"published {published.repo_id} at {published.sha[:10]}")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +145,7 @@ def kennel(hub, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(hub, tmp_path: Path, *words: str) -> str:
-    """What an example prints, run as the owner."""
+    """What a script prints, run as the owner."""
     done = run_python(
         *words,
         env={
@@ -131,13 +162,13 @@ def run(hub, tmp_path: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-def test_examples_publish_a_router_from_adapters_without_gates(hub, kennel, tmp_path):
+def test_scripts_publish_a_router_from_adapters_without_gates(hub, kennel, tmp_path):
     rows = [{"prompt": f"the quick fox {i}", "target": "jumps"} for i in range(8)]
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    said = run(hub, tmp_path, str(EXAMPLES / "05_gates.py"), "kennel/bare", "train.parquet")
+    said = run(hub, tmp_path, "-c", GATES, "kennel/bare", "train.parquet")
     assert re.match(r"gates of 4 linear layers, loss [\d.]+ → [\d.]+\npushed to kennel/bare at [0-9a-f]{10}\n", said)
 
-    said = run(hub, tmp_path, str(EXAMPLES / "04_route.py"), "kennel/base", kennel, "kennel/router")
+    said = run(hub, tmp_path, "-c", ROUTE, "kennel/base", kennel, "kennel/router")
     assert re.findall(r"^rejected +(\S+) +(\w+): rank 500", said, re.MULTILINE) == [("kennel/huge", "lora")]
     routed = {"kennel/foxes", "kennel/dogs", "kennel/bare"}
     assert set(re.findall(r"^routed +(\S+)$", said, re.MULTILINE)) == routed
@@ -146,9 +177,3 @@ def test_examples_publish_a_router_from_adapters_without_gates(hub, kennel, tmp_
     assert {"phatgoose", "hf-fusion", *(f"base_model:merge:{name}" for name in routed)} <= set(info.tags)
     published = re.search(r"^published kennel/router at ([0-9a-f]{10})$", said, re.MULTILINE)[1]
     assert published in [commit.commit_id[:10] for commit in api.list_repo_commits("kennel/router")]
-
-
-def test_the_examples_are_short():
-    for name in ("04_route.py", "05_gates.py"):
-        code = (EXAMPLES / name).read_text(encoding="utf-8").rpartition('"""')[2]
-        assert len([line for line in code.splitlines() if line.strip()]) < 30
