@@ -57,11 +57,14 @@ def execute(script: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # a kernel of this interpreter, whatever kernels the machine has
         client = NotebookClient(
-            notebook, timeout=SECONDS, record_timing=False, resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=SECONDS,
+            startup_timeout=SECONDS,
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
         )
         manager = client.create_kernel_manager()
         manager.kernel_spec.argv[0] = sys.executable
-        manager.transport = "ipc"  # no port that others on the machine reach
         client.execute(env={**os.environ, **QUIET})
     for cell in notebook.cells:
         cell["metadata"] = {}

@@ -130,7 +130,9 @@ def test_every_error_described_is_raised():
 
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(f"docs/{page}" for page in listed) == sorted(page for page in PAGES if page != "README.md")
+    pages = [page for page in PAGES if page != "README.md"]
+    notebooks = [f"docs/notebooks/{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb")]  # made by the build
+    assert sorted(f"docs/{page}" for page in listed) == sorted(pages + notebooks)
 
 
 def test_the_readme_fits_a_few_screens():
