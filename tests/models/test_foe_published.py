@@ -62,6 +62,11 @@ def seq2seq_model(tokenizer) -> tuple[FoEModel, dict]:
     return model, dict(model.processor(text=TEXTS))
 
 
+# What a notebook shows of the model travels with it.
+NOTEBOOK = (
+    "model.record_routing = True; model(**inputs); "
+    "assert all('</table>' in each._repr_html_() for each in (model.summary(), model.routing_trace()))"
+)
 KINDS = {
     "text": (text_model, "AutoModelForSequenceClassification", False),
     "image": (image_model, "AutoModelForImageClassification", False),
@@ -95,7 +100,7 @@ def test_fresh_process_gives_bitwise_equal_outputs(kind, hub, fresh_python, toke
 
     (tmp_path / "inputs.pkl").write_bytes(pickle.dumps((inputs, generates)))
     files = {"inputs": tmp_path / "inputs.pkl", "answer": tmp_path / "answer.pt"}
-    push_again = f'model.push_to_hub("{again}")' if not generates else ""
+    push_again = f'model.push_to_hub("{again}"); {NOTEBOOK}' if not generates else ""
     code = LOAD.format(auto=auto, repo=repo, revision=sha, then=push_again, **files)
     fresh_python(code, hub, token=api.token)
     assert torch.equal(torch.load(files["answer"]), wanted)
