@@ -22,7 +22,7 @@ from hf_fusion.io.saving import in_folder, write_file
 logger = logging.getLogger(__name__)
 
 FILE = ".settings.json"
-ANOTHER = "--output another folder"
+ANOTHER = "use another folder: --output DIR"
 
 
 def check_bound(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
@@ -36,11 +36,11 @@ def check_bound(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None
         if before.get(name, value) != value:
             option = f"--{name.replace('_', '-')}"
             raise FusionError(
-                f"{folder} holds cells of {suite.name} with {option} {before[name]}, not {value}",
-                hint=f"{option} {before[name]}, or --output another folder",
+                f"{folder} has cells of {suite.name} that were measured with {option} {before[name]}, not {value}",
+                hint=f"use {option} {before[name]}, or another folder: --output DIR",
             )
     if before.get("tasks", _digest(suite)) != _digest(suite):
-        raise FusionError(f"{folder} holds cells of another {suite.name}: its tasks were not these", hint=ANOTHER)
+        raise FusionError(f"{folder} has cells of a suite {suite.name} with other tasks", hint=ANOTHER)
     for source, sha in before.get("shas", {}).items():
         try:
             now = _sha(source, suite.build)
@@ -48,7 +48,7 @@ def check_bound(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None
             logger.debug("not compared: %s", source, exc_info=True)
             continue
         if now != sha:
-            raise FusionError(f"{folder} holds cells with {source} at {sha}, and it is at {now} now", hint=ANOTHER)
+            raise FusionError(f"{folder} has cells measured with {source} at {sha}; it is now at {now}", hint=ANOTHER)
 
 
 def bind(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
@@ -73,7 +73,9 @@ def _read(folder: Path, suite: Suite) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise FusionError(f"{file} cannot be read", hint=f"delete it if all cells of {folder} are of one run") from None
+        raise FusionError(
+            f"{file} cannot be read", hint=f"delete it if all cells in {folder} are from one run"
+        ) from None
 
 
 def _digest(suite: Suite) -> str:

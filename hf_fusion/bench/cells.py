@@ -14,6 +14,7 @@ from hf_fusion.io.files import read_text
 from hf_fusion.io.saving import in_folder, write_file
 
 Status = Literal["measured", "failed", "left out"]
+STATUS_WORDS = {"left out": "not applicable"}  # status → what tables and progress call it, where that differs
 CLEAN = "clean"
 ALL = "all"
 
@@ -105,14 +106,17 @@ class Cell:
         """
         known = {row.name for row in fields(cls)}
         if unknown := given.keys() - known:
-            raise FusionError(f"a cell has no {sorted(unknown)[0]!r}", hint="pip install -U hf_fusion")
+            raise FusionError(
+                f"a cell has the unknown key {sorted(unknown)[0]!r}; a newer version may have written it",
+                "pip install -U hf_fusion",
+            )
         values = dict(given)
         if values.get("ci95") is not None:
             values["ci95"] = tuple(values["ci95"])
         try:
             return cls(**values)
         except TypeError as error:
-            raise FusionError(f"a cell lacks something: {error}") from None
+            raise FusionError(f"a cell is incomplete: {error}") from None
 
 
 def write_cell(folder: str | Path, cell: Cell) -> Path:
@@ -142,10 +146,12 @@ def read_cells(source: str | Path) -> list[Cell]:
                 shared = {name: values[name] for name in SHARED if name in values}
                 cell = Cell.from_dict(values)
             except (ValueError, AttributeError, FusionError) as error:
-                raise FusionError(f"{file}:{number} is no cell: {error}", hint="delete it and run again") from None
+                raise FusionError(
+                    f"line {number} of {file} is not a cell: {error}", hint="delete it and run again"
+                ) from None
             cells[cell.path] = cell
     if not cells:
-        raise FusionError(f"{source} holds no cells", hint=f"hf-fusion bench run --output {source}")
+        raise FusionError(f"{source} contains no cells", hint=f"hf-fusion bench run --suite NAME --output {source}")
     return [cells[path] for path in sorted(cells)]
 
 

@@ -103,7 +103,9 @@ def _on_the_hub(what: str, source: str, api: HfApi) -> Checked:
     is_pickled = what != "data" and not any(name.endswith(".safetensors") for name in files)
     is_pickled &= any(name.endswith(".bin") for name in files)
     pickled = (
-        ("has only pickle weights", "bench run --allow-pickle, if you trust its author") if is_pickled else ("", "")
+        ("has only pickle weights", "hf-fusion bench run --allow-pickle, if you trust its author")
+        if is_pickled
+        else ("", "")
     )
     sha = check_commit(repo, revision, info.sha)
     return Checked(what, source, "there", sha, ref.commit is not None, *pickled)
@@ -129,4 +131,4 @@ def _here(what: str, source: str, suite: Suite, data_dir: str | Path | None) -> 
     elif package in PACKAGES:
         PACKAGES[package](rest, data_dir)
     else:
-        raise FusionError(f"{source} is no source of rows", hint=suggestion(package, PACKAGES))
+        raise FusionError(f"{source} is not a source of rows", hint=suggestion(package, PACKAGES))

@@ -38,7 +38,7 @@ def parse_corruptions(words: Sequence[str], is_image: bool) -> list[str]:
         name, _, severity = word.partition(":")
         if name != "all" and name not in known or severity and severity not in map(str, SEVERITIES):
             raise FusionError(
-                f"no corruption {shown(word)} of {'pictures' if is_image else 'texts'}",
+                f"there is no corruption {shown(word)} of {'images' if is_image else 'texts'}",
                 hint=f"severities are 1 to 5: {name}:3" if name in known else suggestion(name, ["all", *known]),
             )
         names = known if name == "all" else [name]

@@ -105,12 +105,14 @@ def draw_accuracy_cost(suite: SuiteSummary) -> Any:
     if not own_scale:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     plain_axes(axes, labelsize=8.5)
-    axes.set_xlabel("multiplications of a forward, as a multiple of the base's (logarithmic)", loc="left", fontsize=8.5)
+    axes.set_xlabel(
+        "multiplications per forward pass, as a multiple of the base's (logarithmic)", loc="left", fontsize=8.5
+    )
     _head(
         figure,
         height,
         f"{suite['title']}: {_what(suite)} against inference cost",
-        "bold and line: the Pareto front of the fused models",
+        "bold names and the line: the Pareto front of the fused models",
     )
     _legend(figure, height, looks, columns=4)
     return figure
@@ -267,7 +269,7 @@ def draw_normalised(suite: SuiteSummary) -> Any:
     _head(
         figure,
         height,
-        f"{suite['title']}: share of what the individual experts reach",
+        f"{suite['title']}: mean as a share of the individual experts' mean",
         "95 % intervals of the mean over tasks",
     )
     _legend(figure, height, looks, columns=4, square=True)
@@ -277,7 +279,7 @@ def draw_normalised(suite: SuiteSummary) -> Any:
 # name of its files -> what draws it, and what it shows
 PICTURES = {
     "cost": (draw_accuracy_cost, "Means against inference cost, with the Pareto front"),
-    "normalised": (draw_normalised, "Means as a share of the individual experts'"),
+    "normalised": (draw_normalised, "Means as a share of the individual experts' mean"),
     "tasks": (draw_tasks, "Scores task by task"),
     "corruption": (draw_corruptions, "Means by corruption and severity"),
 }

@@ -143,7 +143,7 @@ def plan_results(
 
     api, models = hub_api(api), models or {}
     if twice := [repo for repo in models.values() if list(models.values()).count(repo) > 1]:
-        raise FusionError(f"{twice[0]} cannot be the model of several methods", "name the one that made it")
+        raise FusionError(f"{twice[0]} is named for several methods", "name only the method that made it")
     with tempfile.TemporaryDirectory(prefix="hf-fusion-") as temporary, explain_hub_errors(repo_id):
         folder = Path(temporary)
         summary = write_report(cells, folder)
@@ -180,12 +180,12 @@ def _refuse_loss(cells: Sequence[Cell], repo_id: str, names: Collection[str], sh
         return
     hint = "publish under another name, or replace it: --overwrite (overwrite=True in Python)"
     if CELLS not in names:
-        raise FusionError(f"{repo_id} is a data set of something else: it has no {CELLS}.", hint)
+        raise FusionError(f"{repo_id} is not a data set of benchmark results: it has no {CELLS}", hint)
     theirs = read_cells(download_file(api, repo_id, CELLS, sha, repo_type="dataset"))
     if lost := {cell.path for cell in theirs} - {cell.path for cell in cells}:
         raise FusionError(
-            f"{repo_id} has {len(lost):,} cells that are not among these, such as {min(lost)}.",
-            f"publish all of them together, {hint}",
+            f"{repo_id} has {len(lost):,} cells that are not among these, such as {min(lost)}",
+            f"publish them together with these, {hint}",
         )
 
 
@@ -250,7 +250,9 @@ def _model_card(api: HfApi, summary: BenchSummary, method: str, repo_id: str, so
         kept = [row for row in (index[0]["results"] if index else []) if (row.get("source") or {}).get("url") != source]
         name = str(index[0].get("name", "")) if index else ""
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise FusionError(f"the model-index in the card of {repo_id} is not in the Hub's form", "correct it") from None
+        raise FusionError(
+            f"the model-index in the card of {repo_id} does not have the Hub's format", "correct or remove it"
+        ) from None
     task_type = str(metadata.get("pipeline_tag") or "other")
     name = name or repo_id.rpartition("/")[2]
     results = [*kept, *_results(summary, method, name, task_type, source)]
@@ -274,11 +276,11 @@ def _results(summary: BenchSummary, method: str, name: str, task_type: str, sour
     ]
     if not found:
         known = sorted({row["method"] for suite in summary["suites"] for row in suite["rows"] if row["split"] == ALL})
-        raise FusionError(f"these results have no scores of {method}", suggestion(method, known))
+        raise FusionError(f"these results have no scores for {method}", suggestion(method, known))
     if len(found) > 1:
         suites = ", ".join(suite["name"] for suite, _ in found)
         raise FusionError(
-            f"{method} was measured on {suites}: its models differ", "publish the cells of one suite alone"
+            f"{method} was measured on {suites}, with a different model on each", "publish the cells of one suite alone"
         )
     suite, row = found[0]
     measured = [(task, row["scores"][CLEAN].get(task["name"], {})) for task in suite["tasks"]]

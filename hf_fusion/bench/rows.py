@@ -88,7 +88,7 @@ def _parts(task: Task, wanted: Collection[str], data_dir: str | Path | None) -> 
         package, _, rest = name.partition("/")
         if package not in PACKAGES:
             raise FusionError(
-                f"{task.data} is no source of rows",
+                f"{task.data} is not a source of rows",
                 hint=suggestion(package, PACKAGES),
             )
         found = PACKAGES[package](rest, data_dir)
@@ -124,7 +124,9 @@ def single(rows: Dataset) -> Dataset:
         return rows
     several = ("text_pair", "label")
     if not isinstance(rows[0]["label"], list):
-        raise FusionError("rows have several second texts, and one label", hint="columns: {label: the list of labels}")
+        raise FusionError(
+            "rows have a list of second texts but a single label", hint="columns: {label: the column with lists}"
+        )
 
     def each(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         counts = [len(values) for values in batch["text_pair"]]
@@ -236,7 +238,7 @@ def _place(label: object, task: Task, file: str) -> int:
     if isinstance(label, int) and 0 <= label < count:
         return label
     raise FusionError(
-        f"{task.data} has the label {shown(label)}, which is none of {count} classes",
+        f"{task.data} has the label {shown(label)}, which is not one of its {count} classes",
         hint=f"correct classes or words of the task {task.name} in {file}",
     )
 
@@ -265,7 +267,7 @@ def _prompted(rows: Dataset, task: Task, label: str, file: str) -> Dataset:
         if not choices:
             raise FusionError(
                 f"{task.data} has a row without choices: {shown(written['prompt'][:60])}",
-                hint=f"metric: exact, for the task {task.name} in {file}",
+                hint=f"set metric: exact for the task {task.name} in {file}",
             )
         right = right_choices(written["target"], choices, row[task.worth] if task.worth else None)
         return {**written, "target": choices[right[0]], "choices": choices, "right": right}
@@ -284,13 +286,15 @@ def stored_parts(data_dir: str | Path | None, name: str) -> Parts:
     """
     from datasets import Dataset
 
-    hint = "--data DIR with one folder per data set, each with train.parquet and test.parquet"
+    hint = "--data DIR, with one folder per data set that has train.parquet and test.parquet"
     if data_dir is None:
-        raise FusionError(f"the data set {name!r} lies in a folder, and none was given", hint=hint)
+        raise FusionError(f"the data set {name!r} is read from a folder, and no folder was given", hint=hint)
     files = {part: Path(data_dir) / name / f"{part}.parquet" for part in ("train", "test")}
     for file in files.values():
         if not file.is_file():
-            raise FusionError(f"no data set {name!r} in {data_dir}: {file} is missing", path_suggestion(file, hint))
+            raise FusionError(
+                f"there is no data set {name!r} in {data_dir}: {file} is missing", path_suggestion(file, hint)
+            )
     return {part: Dataset.from_parquet(str(file)) for part, file in files.items()}
 
 
@@ -338,7 +342,7 @@ def _hub_split(task: Task, split: str) -> Dataset:
 
     ref = repo_ref(task.data)
     name, revision = ref.id, ref.revision
-    hint = f"hf-fusion bench check, or correct the task {task.name}"
+    hint = f"hf-fusion bench check --suite NAME, or correct the task {task.name}"
     if ref.commit and not HF_HUB_OFFLINE:
         with explain_hub_errors(name):
             check_commit(name, revision, hub_api(None).dataset_info(name, revision=revision).sha)
@@ -354,12 +358,14 @@ def _hub_split(task: Task, split: str) -> Dataset:
                 raise
     except ValueError as error:  # no such configuration or split
         raise FusionError(f"{task.data}: {one_line(error)}", hint=hint) from None
-    # the Hub keeps what a loading script gives as parquet on a branch of its own
+    # the Hub converts what a loading script returns to Parquet, on a separate branch
     files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{task.config or 'default'}/{split}/*.parquet"
     try:
         return load_dataset("parquet", data_files=files, split="train")
     except (OSError, ValueError) as error:  # the Hub's client fails, or there are no such files
-        raise FusionError(f"{task.data} has only a script, and no parquet ({one_line(error)})", hint=hint) from None
+        raise FusionError(
+            f"{task.data} has a loading script, which is not run, and no Parquet files ({one_line(error)})", hint=hint
+        ) from None
 
 
 PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits, "language": _language, "reactions": _reactions}

@@ -17,7 +17,7 @@ import torch
 
 from hf_fusion.bench.binding import bind, check_bound, shas
 from hf_fusion.bench.candidates import FIT, TEST, Candidate, everything
-from hf_fusion.bench.cells import CLEAN, Cell, read_cells, write_cell
+from hf_fusion.bench.cells import CLEAN, STATUS_WORDS, Cell, read_cells, write_cell
 from hf_fusion.bench.corruptions import parse_corruptions
 from hf_fusion.bench.memory import forget_peak, peak_bytes
 from hf_fusion.bench.methods import METHODS, chosen
@@ -102,7 +102,7 @@ def run_suite(
     state = PartialState(cpu=not torch.cuda.is_available())
     suite = suite if isinstance(suite, Suite) else load_suite(suite)
     if not seeds or limit < 1 or tuned_on < 1:
-        raise FusionError("there must be a seed, a test row and a row to tune on", hint="--seeds 0 --limit 500")
+        raise FusionError("at least one seed, one test row and one tuning row are needed", hint="--seeds 0 --limit 500")
     holdouts = [everything(suite), *holdouts_named(suite, unseen)]
     wanted = [
         CLEAN,
@@ -122,10 +122,10 @@ def run_suite(
     todo = [job for job in jobs if runner.missing(job)]
     state.wait_for_everyone()  # all have looked before any writes
     if done := len(jobs) - len(todo):
-        tell(f"{suite.name}: {done} of {len(jobs)} models are measured already")
+        tell(f"{suite.name}: {done} of {len(jobs)} models have already been measured")
     if todo:
         [make_setup] = [setup for setup in SETUPS if setup.kind == suite.kind]
-        with phase(f"Reading what {suite.name} is made of"):
+        with phase(f"Loading the experts and rows of {suite.name}"):
             where = device or str(state.device)
             runner.setup = make_setup(
                 suite, None if data_dir is None else Path(data_dir), limit, tuned_on, batch_size, where, allow_pickle
@@ -204,7 +204,7 @@ class _Runner:
                 for cell in self.cells(job):
                     if cell.path not in self.done:
                         self.write(replace(cell, **problem))
-                told = f"{problem['status']}: {problem['reason']}"
+                told = f"{_shown(problem['status'])}: {problem['reason']}"
             now = time.perf_counter()
             left = (now - began) / number * (len(jobs) - number)
             where = "" if job.holdout.name == "all" else f", {job.holdout.name}"
@@ -250,7 +250,7 @@ class _Runner:
                 refuse_missing(error, METHODS[job.method].title)
                 measured = replace(cell, **_problem(error))
                 self.write(measured)
-                problems.append(f"{cell.task} {measured.status}: {measured.reason}")
+                problems.append(f"{cell.task} {_shown(measured.status)}: {measured.reason}")
             if cell.condition == CLEAN and measured.score is not None:
                 scores.setdefault((cell.method, cell.variant), []).append(measured.score)
         means = {key: sum(own) / len(own) for key, own in scores.items()}
@@ -323,7 +323,7 @@ class _Runner:
         total = 0.0
         tasks = [task for task in self.suite.tasks if self.suite.is_fused(task, job.holdout)]
         if not tasks:
-            raise NotApplicable("none of the suite's tasks has an expert, so there are no rows to tune on")
+            raise NotApplicable("no task of the suite has an expert, so there are no rows to tune on")
         is_one_scale = same_scale(self.suite.tasks[task].metric for task in tasks)
         for task in tasks:
             metric = self.suite.tasks[task].metric
@@ -331,6 +331,10 @@ class _Runner:
             value = value if is_one_scale else math.log(max(value, 1e-9))
             total += -value if metric in LOWER else value
         return total / len(tasks)
+
+
+def _shown(status: str) -> str:
+    return STATUS_WORDS.get(status, status)
 
 
 def _problem(error: Exception) -> dict[str, Any]:

@@ -40,11 +40,11 @@ def expert_path(source: str, build: str | None = None) -> str | Path:
         return Path(source)
     if scheme == "cache":
         if not (folder := cache_folder() / rest).is_dir():
-            raise FusionError(f"{rest} is not made yet: {folder} is missing", hint=build)
+            raise FusionError(f"{rest} has not been built yet: {folder} is missing", hint=build)
         return folder
     package, _, inside = rest.partition("/")
     if scheme != "package" or package not in PACKAGES:
-        raise FusionError(f"{source} is no source of models", hint=suggestion(package, PACKAGES))
+        raise FusionError(f"{source} is not a source of models", hint=suggestion(package, PACKAGES))
     return PACKAGES[package](inside)
 
 

@@ -32,26 +32,26 @@ HEADS = (
     "dense-prediction",
 )
 METRICS = {
-    "accuracy": "share of right classes",
+    "accuracy": "share of correct classes",
     "f1": "harmonic mean of precision and recall",
     "matthews": "Matthews correlation",
     "spearman": "rank correlation",
-    "exact": "share of answers that are right to the letter",
-    "ranked": "share of rows whose right choice is the likeliest",
-    "tokens": "share of right next tokens",
+    "exact": "share of targets that greedy decoding reproduces exactly",
+    "ranked": "share of rows whose most likely choice is correct",
+    "tokens": "share of correct next tokens",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
-    "exact_match": "share of written answers that are right to the letter",
-    "spearman_text": "rank correlation of the numbers in written answers",
+    "exact_match": "share of generated texts that equal the target",
+    "spearman_text": "rank correlation of the numbers in generated texts",
     "perplexity": "of the targets",
-    "agreement": "cosine of the embedding with the own expert's",
-    "mean_iou": "mean overlap of predicted and true segments",
-    "absolute_error": "mean distance from the true depth",
-    "angle": "mean angle to the true normals, degrees",
+    "agreement": "cosine similarity with the embedding by the task's own expert",
+    "mean_iou": "mean intersection over union of predicted and true segments",
+    "absolute_error": "mean absolute error of the depth",
+    "angle": "mean angle to the true surface normals, in degrees",
 }
 LOWER = frozenset({"perplexity", "absolute_error", "angle"})
-"""Metrics of which less is better; they are not shares from 0 to 1, as all others are."""
+"""Metrics for which lower is better; unlike all others they are not shares from 0 to 1."""
 OUR_COLUMNS = ("text", "text_pair", "image", "label")
 
 
@@ -67,7 +67,7 @@ def _class_names(value: object, where: KeyPath) -> Any:
         return value
     file = _beside(Path(where.file), value)
     if not os.path.isfile(file):  # noqa: PTH113
-        raise FusionError(f"{where}: {one_line(file)} is missing", "a list of names, or a file beside the suite's")
+        raise FusionError(f"{where}: {one_line(file)} is missing", "give a list of names, or a file beside the suite's")
     return read_text(file).splitlines()
 
 
@@ -77,10 +77,10 @@ Texts = Annotated[
     Expected("a list of strings", bool),
 ]
 Classes = Annotated[
-    tuple[Text, ...], Before(_class_names), Expected("a list of names, or the file that holds one a line", bool)
+    tuple[Text, ...], Before(_class_names), Expected("a list of names, or a file with one name per line", bool)
 ]
 GivenText = Annotated[str | None, Expected("a string", is_text)]
-"""A text that may be left out, but not be null."""
+"""A string that may be omitted, but not null."""
 
 
 def same_scale(metrics: Iterable[str]) -> bool:
@@ -307,11 +307,13 @@ def _content(path: Path) -> dict[Any, Any]:
     other = _beside(path, f"{parent}.yaml")
     if not os.path.isfile(other):  # noqa: PTH113
         raise FusionError(
-            f"{path}: extends is {shown(parent)}, which is not there", suggestion(parent, suite_names(), SUITES_LISTING)
+            f"{path}: extends {shown(parent)}, which was not found", suggestion(parent, suite_names(), SUITES_LISTING)
         )
     inherited: dict[Any, Any] = read(keys, read_yaml(other), KeyPath(str(other)))
     if "extends" in inherited:
-        raise FusionError(f"{path}: extends {parent}, which extends another", hint=f"extends: {inherited['extends']}")
+        raise FusionError(
+            f"{path}: extends {parent}, which itself extends another suite", hint=f"extends: {inherited['extends']}"
+        )
     return {**inherited, **content}
 
 
@@ -343,16 +345,20 @@ def _suite(name: str, content: dict[Any, Any], path: Path) -> Suite:
 
 
 def _check_questions(suite: Suite) -> None:
-    """Whether experts are asked for scores where the suite is one of regression, and nowhere else."""
+    """Checks what the kind "regression" requires, and that no other kind has questions."""
     is_regression = suite.kind == "regression"
     odd = next((task.name for task in suite.tasks.values() if task.metric != "spearman"), None)
-    wrong = {  # what is said of it, and how to mend it -> whether it is so
-        ("experts of regression, and no others, are asked for scores", "ask: one for each"): (
-            suite.ask.keys() != (suite.experts.keys() if is_regression else set())
+    wrong = {  # what is wrong, and how to mend it -> whether it is so
+        ("ask is only for the kind regression", "remove ask"): not is_regression and bool(suite.ask),
+        ("ask needs a question for each expert, and for no other", f"experts: {', '.join(suite.experts)}"): (
+            is_regression and suite.ask.keys() != suite.experts.keys()
         ),
-        ("scores are those of encoder-decoders", "head: seq2seq-lm"): is_regression and suite.head != "seq2seq-lm",
-        (f"task {odd}: scores are compared by rank", "metric: spearman"): is_regression and odd is not None,
-        ("scores are weighed for each task, so that none is unseen", "leave out unseen"): (
+        ("the kind regression needs encoder-decoders", "head: seq2seq-lm"): is_regression
+        and suite.head != "seq2seq-lm",
+        (f"task {odd}: the kind regression measures rank correlation", "metric: spearman"): (
+            is_regression and odd is not None
+        ),
+        ("the kind regression fits weights for each task, so no task can be unseen", "remove unseen"): (
             is_regression and bool(suite.unseen)
         ),
     }
@@ -364,10 +370,12 @@ def _check_questions(suite: Suite) -> None:
 def _question(content: object, where: KeyPath) -> Question:
     found = read_class(Question, content, where)
     if (found.target is None) == (not found.words):
-        raise FusionError(f"{where}: a prompt has either a target or two words", hint="words: [Yes, No]")
+        raise FusionError(f"{where}: a prompt needs either a target or two words", hint="words: [Yes, No]")
     names = _names(found.prompt, where) + _names(found.target or "", where)
     if unknown := set(names) - {"text", "text_pair"}:
-        raise FusionError(f"{where} has {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}")
+        raise FusionError(
+            f"{where} has the unknown placeholder {{{sorted(unknown)[0]}}}", hint="use {text} and {text_pair}"
+        )
     return found
 
 
@@ -380,7 +388,9 @@ def _numbered(pool: str | dict[str, str], where: KeyPath) -> str | dict[str, str
         if match := re.fullmatch(r"(.+)\{(\d+)-(\d+)\}(.*)", source):
             if max(len(match[2]), len(match[3])) > 4:
                 at = where.inner("experts", name)
-                raise FusionError(f"{at}: {shown(source)} counts too far", hint="numbers of at most four digits")
+                raise FusionError(
+                    f"{at}: {shown(source)} has numbers of more than four digits", hint="use smaller numbers"
+                )
             numbers = range(int(match[2]), int(match[3]) + 1)
             found |= {f"{name}-{number}": f"{match[1]}{number}{match[4]}" for number in numbers}
         else:
@@ -391,13 +401,17 @@ def _numbered(pool: str | dict[str, str], where: KeyPath) -> str | dict[str, str
 def _checked(task: Task, where: KeyPath) -> Task:
     """A task whose keys are consistent, with its name in place of ``{task}``."""
     if bool(task.words) + bool(task.target) != bool(task.prompt):
-        raise FusionError(f"{where}: a prompt has either words or a target", hint="words: one for each class")
-    if task.metric == "ranked" and not (task.words or task.choices):
-        raise FusionError(f"{where}: nothing to rank", hint="words: one for each class, or choices: the column of them")
-    if task.train is None and task.fitting.split == "train":
         raise FusionError(
-            f"{where}: without train rows something must be fitted on others", hint="fitting: {split: test}"
+            f"{where}: a prompt needs either words or a target, and they need a prompt",
+            hint="words: one for each class",
         )
+    if task.metric == "ranked" and not (task.words or task.choices):
+        raise FusionError(
+            f"{where}: there are no choices to rank",
+            hint="words: one for each class, or choices: the column that lists them",
+        )
+    if task.train is None and task.fitting.split == "train":
+        raise FusionError(f"{where}: there is no train split to fit on", hint="fitting: {split: test}")
     filled: dict[str, Any] = {}
     for key in ("expert", "data", "config"):
         if template := getattr(task, key):
@@ -411,13 +425,14 @@ def _names(template: str, where: KeyPath) -> list[str]:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise FusionError(
-            f"{where} is {shown(template)}, which cannot be filled in ({error})", "{task} stands for a name"
+            f"{where} is {shown(template)}, which is not a valid template ({error})",
+            "{task} stands for the name of the task",
         ) from None
 
 
 def _filled(template: str, task: str, where: KeyPath) -> str:
     if set(_names(template, where)) - {"task"}:
-        raise FusionError(f"{where} is {shown(template)}: only {{task}} can stand in it")
+        raise FusionError(f"{where} is {shown(template)}: its only placeholder is {{task}}")
     return template.replace("{task}", task)
 
 
@@ -425,9 +440,11 @@ def _unseen(name: str, content: object, tasks: Mapping[str, Task], where: KeyPat
     split = read_class(Holdout, content, where, name=name)
     for task in (*split.fuse, *split.test):
         if task not in tasks:
-            raise FusionError(f"{where}: no task {shown(task)}", suggestion(task, tasks))
+            raise FusionError(f"{where}: there is no task {shown(task)}", suggestion(task, tasks))
     if both := set(split.fuse) & set(split.test):
-        raise FusionError(f"{where}: {sorted(both)[0]} is both fused and tested", hint="unseen tasks are not fused")
+        raise FusionError(
+            f"{where}: {sorted(both)[0]} is both fused and tested", hint="list it under fuse or under test"
+        )
     if without := [task for task in split.fuse if tasks[task].expert is None]:
-        raise FusionError(f"{where}: {without[0]} has no expert to fuse")
+        raise FusionError(f"{where}: {without[0]} has no expert to fuse", "remove it from fuse")
     return split

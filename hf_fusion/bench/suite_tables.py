@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_fusion.bench.cells import ALL, CLEAN
+from hf_fusion.bench.cells import ALL, CLEAN, STATUS_WORDS
 from hf_fusion.bench.methods import METHODS
 from hf_fusion.bench.not_applicable import reason_of
 from hf_fusion.bench.report import EXPERT, FUSED, HELD_IN, HELD_OUT, PARTS
@@ -65,12 +65,12 @@ def main_table(suite: SuiteSummary) -> Table | None:
     captions = [f"{_metrics(every)}; ± half the 95 % interval over the {sum(task['n'] for task in every):,} test rows."]
     if any(first in row["normalised"].get(CLEAN, {}) for row in rows):
         columns.append(Column("of experts", lambda row: _percent(row["normalised"].get(CLEAN, {}).get(first), " %")))
-        captions.append("of experts: the mean as a share of the individual experts'.")
+        captions.append("of experts: the mean as a share of the individual experts' mean.")
     if any(len(row["seeds"]) > 1 for row in rows):
         columns.append(Column("± seeds", lambda row: _spread(row["means"].get(CLEAN, {}).get(first), row, every)))
-        captions.append("± seeds: half the range of the mean over seeds.")
+        captions.append("± seeds: half the range of the mean across seeds.")
     columns.append(Column("cost", _cost))
-    captions.append("cost: multiplications of a forward, as a multiple of the base's. Bold: the best fused model.")
+    captions.append("cost: multiplications per forward pass, as a multiple of the base's. Bold: the best fused model.")
     return _table(f"{suite['name']}-main", f"{suite['title']}: methods and tasks", columns, rows, " ".join(captions))
 
 
@@ -104,9 +104,9 @@ def corruption_table(suite: SuiteSummary) -> Table | None:
         drop_column("mean drop", conditions),
     ]
     severities = sorted({severity for condition in conditions if (severity := condition.partition(":")[2])})
-    over = f", mean over severities {', '.join(severities)}" if severities else ""
+    over = f", averaged over severities {', '.join(severities)}" if severities else ""
     caption = (
-        f"clean, corrupted: mean of {_listed(tasks)}. The others: relative drop in % against the clean rows{over}. "
+        f"clean, corrupted: mean of {_listed(tasks)}. Other columns: drop relative to the clean rows in %{over}. "
         "Bold: the best fused model."
     )
     return _table(f"{suite['name']}-corruption", f"{suite['title']}: corrupted rows", columns, rows, caption)
@@ -148,8 +148,10 @@ def unseen_table(suite: SuiteSummary) -> Table | None:
         for group, word in ((HELD_IN, "fused"), (HELD_OUT, "unseen"))
         if group_of(suite, split, group)
     ]
-    caption = " ".join(f"{split}: unseen are {_listed(group_of(suite, split, HELD_OUT))}." for split in splits)
-    caption += " Other tasks' experts are fused. Means with their 95 % interval. Bold: the best fused model."
+    caption = " ".join(
+        f"{split}: the unseen tasks are {_listed(group_of(suite, split, HELD_OUT))}." for split in splits
+    )
+    caption += " The experts of the other tasks are fused. Means with their 95 % interval. Bold: the best fused model."
     return _table(f"{suite['name']}-unseen", f"{suite['title']}: unseen tasks", columns, rows, caption)
 
 
@@ -172,12 +174,12 @@ def cost_table(suite: SuiteSummary) -> Table | None:
         Column("cost", _cost),
     ]
     caption = (
-        "fusing: with fitting, adapting and tuning. evaluation: of the clean rows of all tasks; what several methods "
-        "share, as single experts' answers, is asked once, for the first of them. stored, active: millions of "
-        "parameters of the model, and of those that one example meets. peak: of the process's memory. cost: "
-        "multiplications of a forward, as a multiple of the base's."
+        "fusing: including fitting, adapting and tuning. evaluation: of the clean rows of all tasks; what several "
+        "methods share, such as the experts' predictions, is computed once and counted for the first of them. stored, "
+        "active: millions of parameters in the whole model, and used by one example. peak: memory of the process. "
+        "cost: multiplications per forward pass, as a multiple of the base's."
     )
-    return _table(f"{suite['name']}-cost", f"{suite['title']}: what it takes", columns, rows, caption)
+    return _table(f"{suite['name']}-cost", f"{suite['title']}: time, memory and parameters", columns, rows, caption)
 
 
 def overview_table(summary: BenchSummary) -> Table:
@@ -200,11 +202,11 @@ def overview_table(summary: BenchSummary) -> Table:
     ordered = sorted(rows.values(), key=lambda row: PARTS.index(row["part"]))
     caption = (
         "Mean over the tasks of a suite, with its 95 % interval. Bold: the best fused model. AdaMerging, Concrete and "
-        "WEMoE learn from their experts' predictions on unlabelled rows, or, where the row says so, from the entropy "
-        "of their own predictions."
+        "WEMoE learn from the experts' predictions on unlabelled rows or, where the name says entropy, from the "
+        "entropy of their own predictions."
     )
     if any(variant != "default" for there in by_column.values() for _, variant in there):
-        caption += " Tuned: on the validation splits; – without a note: nothing to tune."
+        caption += " Tuned: parameters chosen on the validation splits; – without a note: there are none to tune."
     return _table("overview", "Methods and suites", columns, ordered, caption)
 
 
@@ -345,7 +347,8 @@ def _plain_mean(values: Sequence[float | None]) -> float | None:
 def _reason(score: TaskScore | None) -> str:
     if score is None:
         return "not run"
-    return score["reason"] if score["reason"].startswith(score["status"]) else f"{score['status']}: {score['reason']}"
+    status, reason = score["status"], score["reason"]
+    return reason if reason.startswith(status) else f"{STATUS_WORDS.get(status, status)}: {reason}"
 
 
 def _listed(tasks: Iterable[TaskSummary]) -> str:

@@ -68,7 +68,7 @@ def _class_features(model: Any, processor: ProcessorMixin, task: Task, suite: Su
     """(C, d), not of length 1: the model sees to that."""
     if not task.classes or not task.templates:
         raise FusionError(
-            f"{suite.name}: {task.name} lacks classes or templates, of which zero-shot heads are made",
+            f"{suite.name}: {task.name} needs classes and templates for its zero-shot head",
             hint='classes: [cat, dog], templates: ["a photo of a {}."]',
         )
     texts = [template.format(name) for name in task.classes for template in task.templates]

@@ -105,7 +105,8 @@ def score_cell(score: Score | None, metric: str) -> Cell:
     if score is None:
         return Cell(status="not run", reason="not run")
     if score.score is None:
-        return Cell(status=score.status, reason=score.reason or score.status)
+        status = "n/a" if score.status == "left out" else score.status
+        return Cell(status=status, reason=score.reason or score.status)
     factor, digits = (1, 2) if metric in LOWER else (100, 1)
     ends = score.ci95 and (factor * score.ci95[0], factor * score.ci95[1])
     return Cell(f"{factor * score.score:.{digits}f}", factor * score.score, ends, note=score.note)

@@ -27,21 +27,21 @@ pytestmark = pytest.mark.long  # each runs whole benchmarks
 
 METRIC = {"segmentation": "mean_iou", "depth": "absolute_error", "normal": "angle"}
 TASKS = tuple(METRIC)
-LEARNED = "learning without labels needs classes, and depths and normals have no classes"
-ENSEMBLE = "an ensemble is one of classes' logits, row by row; depths and normals are no classes"
+LEARNED = "learning without labels needs class predictions; depths and normals are not classes"
+ENSEMBLE = "an ensemble combines class logits; depths and normals are not classes"
 LEFT = {
     "simple_ensemble": ENSEMBLE,
     "weighted_ensemble": ENSEMBLE,
-    "slerp": "SLERP merges 2 models, here are 3",
-    "iso_c": "Iso-C decomposes matrices and averages all other weights, and there are only others",
-    "tsv_m": "TSV-Merge decomposes matrices and averages all other weights, and there are only others",
-    "fisher": "Fisher information is measured of one answer for a row, here each pixel has one",
-    "regmean": "RegMean solves for the weights of linear layers, and the models have none",
-    "regmean_pp": "RegMean solves for the weights of linear layers, and the models have none",
+    "slerp": "SLERP merges exactly 2 models; here there are 3",
+    "iso_c": "Iso-C decomposes matrices and averages all other weights; these models have no matrices",
+    "tsv_m": "TSV-Merge decomposes matrices and averages all other weights; these models have no matrices",
+    "fisher": "Fisher information is measured for one prediction per row; here there is one per pixel",
+    "regmean": "RegMean solves for the weights of linear layers; these models have none",
+    "regmean_pp": "RegMean solves for the weights of linear layers; these models have none",
     "adamerging_layer": LEARNED,
     "concrete": LEARNED,
-    "smile": "the models have no MLPs of a known manner, and these are what is up-scaled",
-    "wemoe": "the models have no MLPs of a known manner, and these are what is up-scaled",
+    "smile": "WEMoE up-scales MLPs, and found none that it supports in these models",
+    "wemoe": "WEMoE up-scales MLPs, and found none that it supports in these models",
 }
 MEASURED = ["pretrained", "experts", "individual", "average", "weighted_average", "task_arithmetic", "ties", "emr"]
 

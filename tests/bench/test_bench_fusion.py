@@ -63,7 +63,7 @@ def test_every_fusion_method_has_a_cell_per_task(fused):
     _, cells = fused
     check_whole(cells, chosen(FUSED, "fusion"), list(CLASSES))
     uniform = {cells.pop(("uniform", "default", task, "clean")).reason for task in CLASSES}
-    assert uniform == {"routes among adapters of one base, and these are independent models"}
+    assert uniform == {"routes among adapters of one base; these experts are independent models"}
     assert {cell.status for cell in cells.values()} == {"measured"}
     assert cells["foe", "default", "mood", "clean"].cost == pytest.approx(3, abs=0.1)
     assert 0 < cells["foe_frugal", "default", "mood", "clean"].parameters["asked"] <= 1

@@ -147,7 +147,7 @@ def test_unrelated_dataset_repo_is_refused(api, me, cells):
     repo = f"{me}/mine"
     api.create_repo(repo, repo_type="dataset")
     api.upload_file(repo_id=repo, repo_type="dataset", path_in_repo="pictures/cat.png", path_or_fileobj=b"png")
-    with pytest.raises(FusionError, match=f"{repo} is a data set of something else"):
+    with pytest.raises(FusionError, match=f"{repo} is not a data set of benchmark results"):
         plan_results(cells, repo, api=api)
 
 
@@ -176,7 +176,7 @@ def test_the_numbers_of_a_method_get_into_its_models_card_once(api, me, cells):
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        ({"slerp:tuned": "bare"}, "no scores of slerp:tuned"),
+        ({"slerp:tuned": "bare"}, "no scores for slerp:tuned"),
         ({"ties": "nowhere"}, "nowhere"),
         ({"ties": "bare", "wemoe": "bare"}, "several methods"),
         ({"ties": "odd"}, "model-index"),

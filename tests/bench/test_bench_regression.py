@@ -102,7 +102,7 @@ def test_a_row_of_several_summaries_is_a_row_for_each(made):
 
 def test_rows_with_several_second_texts_are_refused():
     rows = Dataset.from_dict({"text": ["a"], "text_pair": [["b", "c"]], "label": [1.0]})
-    with pytest.raises(FusionError, match="several second texts, and one label"):
+    with pytest.raises(FusionError, match="list of second texts but a single label"):
         single(rows)
 
 
@@ -171,17 +171,17 @@ def test_a_run(made, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("  other: {prompt", "  nobody: {prompt", "and no others, are asked for scores"),
+        ("  other: {prompt", "  nobody: {prompt", "ask needs a question for each expert"),
         ('words: ["good", "bad"]', 'words: ["good"]', "expected two texts"),
         (', words: ["good", "bad"]', "", "either a target or two words"),
-        ("{text} {text_pair}", "{summary}", "(?s)has {summary}.*use {text} and {text_pair}"),
-        ("kind: regression", "kind: fusion", "and no others, are asked for scores"),
-        ("  metric: spearman\n", "", "task own: scores are compared by rank"),
-        ("head: seq2seq-lm", "head: causal-lm", "those of encoder-decoders"),
+        ("{text} {text_pair}", "{summary}", "(?s)has the unknown placeholder {summary}.*use {text} and {text_pair}"),
+        ("kind: regression", "kind: fusion", "ask is only for the kind regression"),
+        ("  metric: spearman\n", "", "task own: the kind regression measures rank correlation"),
+        ("head: seq2seq-lm", "head: causal-lm", "needs encoder-decoders"),
         (
             "tasks:\n  own: {",
             "unseen: {far: {fuse: [own], test: [both]}}\ntasks:\n  own: {expert: likely, ",
-            "none is unseen",
+            "no task can be unseen",
         ),
     ],
 )

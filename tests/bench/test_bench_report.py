@@ -242,9 +242,9 @@ def test_overview_has_a_column_per_suite_and_one_for_tuned_rows():
         "| TIES | –<sup>1</sup> | 70.0 (68.0–72.0) | 75.0 (73.0–77.0) | 60.0 (58.0–62.0) |"
     )
     assert line_of(text, "SLERP") == "| SLERP | –<sup>1</sup> | –<sup>2</sup> | – | –<sup>3</sup> |"
-    assert "<sup>1</sup> predicts with one task's head, and the task of a row is unknown" in text
+    assert "<sup>1</sup> predicts with the head of a known task; here the task of a row is unknown" in text
     assert "<sup>2</sup> not run" in text
-    assert "<sup>3</sup> a: left out: for two experts" in text
+    assert "<sup>3</sup> a: not applicable: for two experts" in text
 
 
 HOSTILE = "a|b\\c_{d}&50% $x$ #1 ~^ <i> [l](u) *s* `t` --set λ é 中"

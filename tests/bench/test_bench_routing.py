@@ -91,10 +91,10 @@ def test_cells_are_as_recorded(routed):
 def test_every_routing_strategy_has_a_cell_per_task(routed):
     cells = dict(routed[1])
     masks = {cells.pop(("emr", "default", task, "clean")).reason for task in ("first", "second", "other")}
-    assert masks == {"it takes the mask of a row's task, which is not told here"}
+    assert masks == {"EMR selects a mask by the task of a row; here the task is unknown"}
     assert {cell.status for key, cell in cells.items() if key[:3] != ("individual", "default", "other")} == {"measured"}
     other = cells["individual", "default", "other", "clean"]
-    assert (other.status, other.reason) == ("left out", "no expert was trained on it")
+    assert (other.status, other.reason) == ("left out", "no expert was trained on this task")
     groups = {task: {cell.group for key, cell in cells.items() if key[2] == task} for task in ("first", "other")}
     assert groups == {"first": {"held-in"}, "other": {"held-out"}}
     assert len({cell.score for key, cell in cells.items() if key[2] == "first"}) > 2  # the rows tell ways apart

@@ -94,7 +94,7 @@ def test_the_wheels_pickles_become_plain_folders(monkeypatch, tmp_path):
 def test_unknown_source_of_rows_is_refused():
     suite = load_suite("rxnfp-2")
     task = replace(suite.tasks["classes"], data="package:nothing")
-    with pytest.raises(FusionError, match="(?s)package:nothing is no source of rows.*digits, language"):
+    with pytest.raises(FusionError, match="(?s)package:nothing is not a source of rows.*digits, language"):
         task_rows(replace(suite, tasks={"classes": task}), "classes")
     with pytest.raises(FusionError, match="rxnfp-2 has no task 'chess'"):
         task_rows(suite, "chess")
@@ -167,8 +167,8 @@ FAULTS = {
     "has no column 'q'": {"prompt": ("{q[0]}",), "target": "{text}"},
     "has no column 'all'": {"prompt": ("{text}",), "target": "{text}", "choices": "all", "metric": "ranked"},
     "has no column 'gold'": {"prompt": ("{text}",), "words": ("a",), "columns": {"label": "gold"}},
-    "has the label -1, which is none of 2 classes": {"classes": ("a", "b")},
-    "has the label -1, which is none of 1 classes": {"prompt": ("{text}",), "words": ("a",)},
+    "has the label -1, which is not one of its 2 classes": {"classes": ("a", "b")},
+    "has the label -1, which is not one of its 1 classes": {"prompt": ("{text}",), "words": ("a",)},
 }
 
 
@@ -189,4 +189,4 @@ def test_a_loading_script_without_parquet_is_refused(hub, fresh_python):
         f"_hub_split(Task('t', {repo!r}), 'test')"
     )
     done = fresh_python(code, hub, check=False)
-    assert f"FusionError: {repo} has only a script, and no parquet" in done.stderr
+    assert f"FusionError: {repo} has a loading script, which is not run, and no Parquet files" in done.stderr

@@ -79,7 +79,7 @@ def test_every_method_has_a_cell_per_task(merged):
     check_whole(cells, chosen(SOME, "merging"), list(CLASSES))
     left = {key[0]: cell.reason for key, cell in cells.items() if cell.status == "left out"}
     assert left == {
-        "slerp": "SLERP merges 2 models, here are 3",
+        "slerp": "SLERP merges exactly 2 models; here there are 3",
         "multitask": "the suite names no model that was trained on all its tasks",
     }
 
@@ -147,7 +147,7 @@ def test_measured_cells_are_not_measured_again(fine_tunes, merged, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
     told = []
     again = measure(fine_tunes, output, "floor", "average", tell=told.append)
-    assert told == ["tiny: 2 of 2 models are measured already"]
+    assert told == ["tiny: 2 of 2 models have already been measured"]
     assert scores(again) == scores(cells)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.json")} == before
 
@@ -310,7 +310,7 @@ def test_unseen_splits_fuse_some_and_test_the_others(fine_tunes, merged, tmp_pat
 
 def test_experts_with_the_mlps_of_their_base_are_not_upscaled(fine_tunes):
     base, *same = load_experts([fine_tunes / "mood"] * 3, gates=False)
-    with pytest.raises(NotApplicable, match="the experts left the MLPs as they were"):
+    with pytest.raises(NotApplicable, match="which the experts did not change"):
         methods.upscaled([replace(own, name=name) for name, own in zip("ab", same, strict=True)], base)
 
 
@@ -406,7 +406,7 @@ def test_other_weights_and_tasks_do_not_either(fine_tunes, tmp_path):
     assert scores(measure(work, output, "average")) == scores(measured)
     usual = path.read_text()
     path.write_text(usual.replace("  mood:", "  mood: {metric: f1}"))
-    with pytest.raises(FusionError, match="holds cells of another tiny: its tasks were not these"):
+    with pytest.raises(FusionError, match="has cells of a suite tiny with other tasks"):
         measure(work, output, "average")
     path.write_text(usual)
     state = load_file(work / "mood" / "model.safetensors")
@@ -414,7 +414,7 @@ def test_other_weights_and_tasks_do_not_either(fine_tunes, tmp_path):
         {name: 2 * tensor for name, tensor in state.items()}, work / "mood" / "model.safetensors", {"format": "pt"}
     )
     binding._sha.cache_clear()  # another day, another process
-    with pytest.raises(FusionError, match=r"holds cells with .*/mood at \w{12}, and it is at \w{12} now"):
+    with pytest.raises(FusionError, match=r"has cells measured with .*/mood at \w{12}; it is now at \w{12}"):
         measure(work, output, "average")
     (output / "tiny" / binding.FILE).write_text("{")
     with pytest.raises(FusionError, match="settings.json cannot be read"):
@@ -422,7 +422,7 @@ def test_other_weights_and_tasks_do_not_either(fine_tunes, tmp_path):
 
 
 def test_refused_run_does_not_fix_the_settings(fine_tunes, tmp_path):
-    with pytest.raises(FusionError, match="none was given"):
+    with pytest.raises(FusionError, match="no folder was given"):
         measure(fine_tunes, tmp_path, "average", data_dir=None)
     assert measure(fine_tunes, tmp_path, "average", limit=5)["average", "default", "mood", "clean"].n == 5
 

@@ -61,16 +61,16 @@ FAULTS = {
     "a task without data": (("data: me/one, ", ""), "tasks.one.data is missing\n.*data: a string"),
     "a column that is not ours": (("text: sentence", "txt: sentence"), "key of tasks.one.columns is 'txt'.*mean text"),
     "a share above one": (("share: 0.5", "share: 1.5"), "tasks.three.fitting.share is 1.5, expected a number above 0"),
-    "a name in braces": (("me/{task}", "me/{name}"), "tasks.one.expert is 'me/{name}': only {task}"),
+    "a name in braces": (("me/{task}", "me/{name}"), "tasks.one.expert is 'me/{name}': its only placeholder"),
     "no expert": (("experts: me/{task}", "experts: {}"), "names no expert"),
-    "a split's unknown task": (("test: [three]", "test: [four]"), "unseen.last: no task 'four'\n.*of one, two, three"),
+    "a split's unknown task": (("test: [three]", "test: [four]"), "there is no task 'four'\n.*of one, two, three"),
     "a split that overlaps": (("test: [three]", "test: [one]"), "unseen.last: one is both fused and tested"),
     "a split without an expert": (("fuse: [one]", "fuse: [two]"), "unseen.last: two has no expert to fuse"),
-    "words without a prompt": (("columns: {text: sentence}", "words: [a]"), "tasks.one: a prompt has either words or"),
-    "nothing to rank": (("metric: f1", "metric: ranked"), "tasks.two: nothing to rank\n.*choices: the column"),
-    "nothing to fit on": (("metric: f1", "train: null"), "tasks.two: without train rows .*fitting: {split: test}"),
+    "words without a prompt": (("columns: {text: sentence}", "words: [a]"), "one: a prompt needs either words or"),
+    "nothing to rank": (("metric: f1", "metric: ranked"), "tasks.two: there are no choices to rank\n.*choices: "),
+    "nothing to fit on": (("metric: f1", "train: null"), "tasks.two: there is no train split .*fitting: {split: test}"),
     "no mapping": ((WHOLE, "- a"), "mine.yaml holds \\['a'\\], expected {title: …, kind: …"),
-    "a missing parent": (("title: two", "extends: other"), "extends is 'other', which is not there"),
+    "a missing parent": (("title: two", "extends: other"), "extends 'other', which was not found"),
     "a missing file of classes": (("columns: {text: sentence}", "classes: a.txt"), "one.classes: .*a.txt is missing"),
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_a_suite_extends_another(written):
     suite = load_suite(written("extends: other\nexperts: you/{task}\n"))
     assert suite.title == "two"
     assert suite.tasks["one"].expert == "you/one"
-    with pytest.raises(FusionError, match="(?s)extends mine, which extends another.*extends: other"):
+    with pytest.raises(FusionError, match="(?s)extends mine, which itself extends another suite.*extends: other"):
         load_suite(written("extends: mine\n", "third.yaml"))
 
 
@@ -158,12 +158,12 @@ def test_zero_shot_heads_have_the_classes_of_their_data_sets():
 def test_sources_resolve_to_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_FUSION_CACHE", str(tmp_path))
     assert expert_path("me/model@abc") == "me/model@abc"
-    with pytest.raises(FusionError, match="(?s)a/b is not made yet.*make them"):
+    with pytest.raises(FusionError, match="(?s)a/b has not been built yet.*make them"):
         expert_path("cache:a/b", "make them")
     (tmp_path / "a" / "b").mkdir(parents=True)
     assert expert_path("cache:a/b") == tmp_path / "a" / "b"
     assert (Path(expert_path("package:demo/smollm2_experts/chain-sum")) / "adapter_config.json").is_file()
-    with pytest.raises(FusionError, match="(?s)package:nothing is no source of models.*minilm, smollm2"):
+    with pytest.raises(FusionError, match="(?s)package:nothing is not a source of models.*minilm, smollm2"):
         expert_path("package:nothing")
     monkeypatch.delenv("HF_FUSION_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path))

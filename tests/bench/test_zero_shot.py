@@ -43,5 +43,5 @@ def test_heads_need_classes_and_templates(tmp_path):
     clip_base("", 0, [], tmp_path)
     suite = load_suite("clip-vit-base-patch32")
     lacking = replace(suite, tasks={"dtd": replace(suite.tasks["dtd"], templates=())})
-    with pytest.raises(FusionError, match="dtd lacks classes or templates"):
+    with pytest.raises(FusionError, match="dtd needs classes and templates"):
         fix_classes(_clip(0), AutoProcessor.from_pretrained(tmp_path), lacking)

@@ -91,11 +91,12 @@ def chosen(words: Sequence[str], kind: str) -> list[str]:
         )  # fmt: skip
         if word in METHODS and word not in known:
             kinds = " and ".join(METHODS[word].entries)
-            raise FusionError(f"{word} is for suites of the kind {kinds}, this one is for {kind}")
+            raise FusionError(f"{word} is for suites of the kind {kinds}; this one is of the kind {kind}")
         if not found:
             families = dict.fromkeys(row.family for row in known.values())
             raise FusionError(
-                f"no method {shown(word)}", hint=suggestion(word, ["all", "static", *families, *known], METHODS_LISTING)
+                f"there is no method {shown(word)}",
+                hint=suggestion(word, ["all", "static", *families, *known], METHODS_LISTING),
             )
         wanted |= set(found)
     return [name for name in known if name in wanted]
@@ -114,10 +115,10 @@ def _read(path: Path) -> list[str]:
     spec.loader.exec_module(module)
     found = methods_of(module)
     if not found:
-        raise FusionError(f"{path} declares no method", hint='@bench_method("Mine", "merge") above its function')
+        raise FusionError(f"{path} declares no method", hint='decorate its function: @bench_method("Mine", "merge")')
     for name, row in found.items():
         if name in METHODS and METHODS[name].title != row.title:
-            raise FusionError(f"{path}: there is a method {name} already", hint="give yours another name")
+            raise FusionError(f"{path}: there is already a method {name}", hint="give yours another name")
         METHODS[name] = row
     return list(found)
 

@@ -48,7 +48,7 @@ def individual(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     def prepare(task: str, corruption: str, split: str) -> Prepared:
         owner = setup.suite.owner(task)
         if owner is None:
-            raise NotApplicable("no expert was trained on it")
+            raise NotApplicable("no expert was trained on this task")
         return setup.prepared_expert(setup.names.index(owner), task, corruption, split)
 
     sizes = setup.sizes(everything(setup.suite))
@@ -63,7 +63,7 @@ def _ensemble(
 ) -> Candidate:
     """One answer from the probabilities (N, K, C) of all experts."""
     if setup.is_language:
-        raise NotApplicable("an ensemble of language models would have to be asked token by token")
+        raise NotApplicable("an ensemble of language models would have to be evaluated token by token")
     fused = setup.fused(holdout)
 
     def prepare(task: str, corruption: str, split: str) -> Prepared:
@@ -169,7 +169,7 @@ def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
 def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> tuple[FoEModel, Dataset, nn.Module]:
     """A FoE of outputs, what it was fitted on, and its fuser."""
     if setup.is_language:
-        raise NotApplicable("language models are fused by choosing among them")
+        raise NotApplicable("fuses class probabilities; for language models there is FoE by selection")
     model, rows = setup.model(holdout, OUTPUT), setup.fitting(holdout)
     return model, rows, _fitted(setup, model, rows, seed, **options)
 

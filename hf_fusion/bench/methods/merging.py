@@ -71,7 +71,7 @@ def multitask(setup: MergingSetup, holdout: Holdout, seed: int) -> Candidate:
     if source is None:
         raise NotApplicable("the suite names no model that was trained on all its tasks")
     if holdout.fuse != tuple(setup.names):
-        raise NotApplicable("the model was trained on the tasks that are unseen here")
+        raise NotApplicable("the multitask model was trained on the tasks that are unseen in this split")
     from safetensors.torch import load_file
 
     state = load_file(Path(expert_path(source, setup.suite.build)) / "model.safetensors")
@@ -124,10 +124,11 @@ def static(setup: MergesAdapters, holdout: Holdout, seed: int, method: str, **pa
     row, count = MERGE_METHODS[method], len(holdout.fuse)
     least, most = row.experts
     if count < least or most is not None and count > most:
-        raise NotApplicable(f"{row.title} merges {least} models, here are {count}")
+        wanted = f"{'exactly' if most == least else 'at least'} {least}"
+        raise NotApplicable(f"{row.title} merges {wanted} models; here there are {count}")
     if row.matrices_only and not any(tensor.dim() == 2 for tensor in setup.base.values()):
         raise NotApplicable(
-            f"{row.title} decomposes matrices and averages all other weights, and there are only others"
+            f"{row.title} decomposes matrices and averages all other weights; these models have no matrices"
         )
     given = {"statistics": _statistics(setup, holdout, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setup.base, fused, seed=seed, **given, **parameters)
@@ -161,7 +162,7 @@ def weighted_average(setup: MergesAdapters, holdout: Holdout, seed: int) -> Cand
     """The average with weights by how well each expert does on all fused tasks, on their validation splits."""
     fused, weights = _states(setup, holdout), _weights(setup, holdout)
     if not any(weights):
-        raise NotApplicable("no expert is right about anything on the validation split")
+        raise NotApplicable("no expert predicts any validation row correctly")
     by_expert = [{"weight": weight} for weight in weights]
     fused = [setup.states[number] for number in setup.indices(holdout)]
     state = merge_states("linear", None, fused, by_expert=by_expert)
@@ -176,7 +177,7 @@ def _weights(setup: MergesAdapters, holdout: Holdout) -> list[float]:
     suite = setup.suite
     tasks = [task for task in suite.tasks if suite.is_fused(task, holdout)]
     if not tasks:
-        raise NotApplicable("none of the suite's tasks has an expert, so there are no rows that tell which does better")
+        raise NotApplicable("no task of the suite has an expert, so there are no rows to weight the experts by")
 
     def worth(number: int, task: str) -> float:
         metric = suite.tasks[task].metric
@@ -212,9 +213,9 @@ def _statistics(setup: MergesAdapters, holdout: Holdout, kind: str, seed: int) -
     from hf_fusion.training.gram import measure_gram
 
     if kind == "fisher" and setup.suite.head == "feature-extraction":
-        raise NotApplicable("Fisher information needs classified rows, and this suite has embeddings")
+        raise NotApplicable("Fisher information needs class predictions; this suite has embeddings")
     if kind == "fisher" and setup.suite.head == "dense-prediction":
-        raise NotApplicable("Fisher information is measured of one answer for a row, here each pixel has one")
+        raise NotApplicable("Fisher information is measured for one prediction per row; here there is one per pixel")
     if kind == "gram":
         _check_linear(setup)
     measures: dict[str, Callable[..., Any]] = {"fisher": measure_fisher, "gram": measure_gram}
@@ -227,7 +228,7 @@ def _statistics(setup: MergesAdapters, holdout: Holdout, kind: str, seed: int) -
 
 def _check_linear(setup: MergesAdapters) -> None:
     if not any(map(linear_sizes, setup.experts[0].model.modules())):
-        raise NotApplicable("RegMean solves for the weights of linear layers, and the models have none")
+        raise NotApplicable("RegMean solves for the weights of linear layers; these models have none")
 
 
 def _examples(setup: MergesAdapters) -> int:
@@ -301,9 +302,9 @@ def _adapt(setup: MergingSetup, holdout: Holdout, model: LearnedMerge, seed: int
     from hf_fusion.training.routers import adapt_routers
 
     if setup.suite.head == "dense-prediction":
-        raise NotApplicable("learning without labels needs classes, and depths and normals have no classes")
+        raise NotApplicable("learning without labels needs class predictions; depths and normals are not classes")
     if setup.suite.head in ("feature-extraction", "causal-lm", "seq2seq-lm"):
-        raise NotApplicable("learning without labels needs classes, and this suite has no classes")
+        raise NotApplicable("learning without labels needs class predictions; this suite has no classes")
     move_to(model, setup.backbone.device)
     rows = {task: _unlabelled(setup, task) for task in holdout.fuse}
     options.setdefault("learning_rate", 5e-4)
@@ -366,9 +367,9 @@ def upscaled(experts: list[Expert], base: Expert | None, **options: Any) -> WEMo
     try:
         return WEMoEModel.from_experts(experts, base=base, **options)
     except UnchangedLinearsError as error:
-        raise NotApplicable("the experts left the MLPs as they were, and these are what is up-scaled") from error
+        raise NotApplicable("WEMoE up-scales MLPs, which the experts did not change") from error
     except NoLinearsError as error:
-        raise NotApplicable("the models have no MLPs of a known manner, and these are what is up-scaled") from error
+        raise NotApplicable("WEMoE up-scales MLPs, and found none that it supports in these models") from error
 
 
 def _mixture(setup: MergingSetup, model: WEMoEModel, parameters: dict[str, Any]) -> Candidate:
@@ -413,11 +414,11 @@ Combine = Callable[[torch.Tensor], torch.Tensor]  # logits (K, N, C) → scores 
 
 def _ensemble(setup: MergingSetup, holdout: Holdout, combine: Combine, **parameters: Any) -> Candidate:
     if setup.suite.head in ("causal-lm", "seq2seq-lm"):
-        raise NotApplicable("an ensemble of language models would have to be asked token by token")
+        raise NotApplicable("an ensemble of language models would have to be evaluated token by token")
     if setup.suite.head == "dense-prediction":
-        raise NotApplicable("an ensemble is one of classes' logits, row by row; depths and normals are no classes")
+        raise NotApplicable("an ensemble combines class logits; depths and normals are not classes")
     if setup.suite.head == "feature-extraction":
-        raise NotApplicable("embeddings of several models have no common space to be averaged in")
+        raise NotApplicable("embeddings of different models lie in different spaces, so they cannot be averaged")
 
     def prepare(task: str, corruption: str, split: str) -> Prepared:
         found = [setup.logits(number, task, corruption, split) for number in setup.indices(holdout)]

@@ -46,7 +46,7 @@ def individual(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     def prepare(task: str, corruption: str, split: str) -> Prepared:
         owner = setup.suite.owner(task)
         if owner is None:
-            raise NotApplicable("no expert was trained on it")
+            raise NotApplicable("no expert was trained on this task")
         return setup.prepared_expert(setup.names.index(owner), task, corruption, split)
 
     return Candidate(
@@ -117,7 +117,7 @@ def emr(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
     Raises:
         NotApplicable: always.
     """
-    raise NotApplicable("it takes the mask of a row's task, which is not told here")
+    raise NotApplicable("EMR selects a mask by the task of a row; here the task is unknown")
 
 
 @bench_method(given={"rank": 32})

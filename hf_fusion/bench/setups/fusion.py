@@ -97,7 +97,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
         """
         shared = self.experts[0].model
         if kind == "routing" and any(expert.adapter is None or expert.model is not shared for expert in self.experts):
-            raise NotApplicable("routes among adapters of one base, and these are independent models")
+            raise NotApplicable("routes among adapters of one base; these experts are independent models")
         return super().of_kind(kind)
 
     def fused(self, holdout: Holdout) -> list[int]:
@@ -150,7 +150,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
                 rows = self._with_best_expert(task, rows, self.fused(holdout))
             parts.append(rows.select_columns([name for name in rows.column_names if name not in ("choices", "right")]))
         if not sum(map(len, parts)):
-            raise NotApplicable("no expert is right about any of the rows that a fuser would learn from")
+            raise NotApplicable("no expert predicts any of the fuser's training rows correctly")
         self._fitting[holdout.fuse] = by_length(concatenate_datasets([part for part in parts if len(part)]))
         return self._fitting[holdout.fuse]
 

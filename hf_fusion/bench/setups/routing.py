@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from hf_fusion.models.modeling_phatgoose import PhatgooseRouter
 
 TOP_K = 2
-HEADS = "the experts have their own heads, without which the base cannot predict"
+HEADS = "the base has no head: each expert brings its own"
 
 
 class RoutingSetup(TaskSetup, kind="routing"):
@@ -74,7 +74,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         sources = [expert_path(source, suite.build) for source in suite.experts.values()]
         loaded = load_experts(sources, base=start, allow_pickle=allow_pickle)
         if full := [name for name, expert in zip(suite.experts, loaded, strict=True) if expert.adapter is None]:
-            raise FusionError(f"{full[0]} is a whole model, and only adapters are routed", hint="kind: merging")
+            raise FusionError(f"{full[0]} is a full model; suites of the kind routing need adapters", "kind: merging")
         self.experts = [replace(expert, name=name) for name, expert in zip(suite.experts, loaded, strict=True)]
         self.model = self.experts[0].model
         move_to(self.model, device)
@@ -119,7 +119,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         for task in self.suite.tasks:
             if self.suite.owner(task) == expert and (rows := getattr(self.rows(task), split)) is not None:
                 return rows
-        raise NotApplicable(f"no rows that {expert} was trained on{'' if split == 'train' else ', nor like them'}")
+        raise NotApplicable(f"the suite has no {'training' if split == 'train' else 'validation'} rows of {expert}")
 
     def validation_rows(self, expert: int) -> Examples:
         """The validation rows of an expert's task, encoded."""
