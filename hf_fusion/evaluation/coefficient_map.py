@@ -65,7 +65,7 @@ def map_coefficients(
         model: a `WEMoEModel`.
         suite: task → rows, as training takes them; of CLIP, `Examples` of `training.batches.zero_shot_examples`.
         owners: task → the expert that was trained on it, where `match_experts_by_name` does not find it.
-        batch_size: rows a step.
+        batch_size: rows per step.
         max_length: the longest sequence, in tokens.
 
     Raises:

@@ -26,7 +26,7 @@ def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options:
     experts = options.pop("experts", ())
     if not experts:
         raise FusionError(
-            "a PHATGOOSE router is measured beside its experts, and none are given",
+            "a PHATGOOSE router is measured beside its experts, but no experts were given",
             hint="evaluate(router, suite, experts=[…]), as load_experts takes them",
         )
     config = {"top_k": router.config.num_experts_per_tok, "temperature": router.config.router_temperature}
@@ -44,7 +44,7 @@ MEASURES: dict[str, Callable[..., Results]] = {
 def _measure_of(model: object) -> tuple[str, Callable[..., Results], bool]:
     """What a model is in words, how it is measured, and whether task by task."""
     if isinstance(model, (list, tuple)):
-        return "a list of PHATGOOSE's experts", measure_routing, True
+        return "a list of PHATGOOSE experts", measure_routing, True
     if isinstance(model, CoefficientMerge):
         return "a merge with coefficients", measure_merged, True
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
@@ -83,20 +83,24 @@ def evaluate(
             experts, adapters with gates, as `load_experts` takes them.
         data: labelled rows that nothing was fitted on: one data set with columns ``text``, ``prompt`` or ``image`` and
             ``label`` or ``target`` for a FoE; task → data set for all others.
-        options: of the family; ``batch_size``, rows a step, and ``command``, kept in the results, are known to all.
+        options: of the family, see above. All families have ``batch_size``, rows per step, and ``command``, which is
+            stored in the results.
 
     Returns:
         What each predictor scored, with 95 % intervals; ``print(results.text())`` shows it.
 
     Raises:
-        FusionError: for options that the family does not know, data of another form, and what the family refuses.
+        FusionError: for an option that the family does not have, data of another form, or rows that the model cannot
+            read.
     """
     if isinstance(model, tuple) and any(hasattr(part, "forward") for part in model):
-        raise FusionError("evaluate takes a model, not a model with its recipe", "evaluate(load_fused(folder)[0], …)")
+        raise FusionError("evaluate takes a model, not the pair (model, recipe)", "evaluate(load_fused(folder)[0], …)")
     title, measure, by_task = _measure_of(model)
     known = {*_options_of(measure_routing), "experts"} if measure is _of_router else {*_options_of(measure)}
     if unknown := [name for name in options if name not in known]:
-        raise FusionError(f"{title} is not measured with {unknown[0]!r}", hint=suggestion(unknown[0], sorted(known)))
+        raise FusionError(
+            f"evaluate has no option {unknown[0]!r} for {title}", hint=suggestion(unknown[0], sorted(known))
+        )
     if by_task != isinstance(data, Mapping):
         raise FusionError(
             f"{title} is measured on {'a data set for each task' if by_task else 'one data set'}",

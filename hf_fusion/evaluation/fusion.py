@@ -50,7 +50,7 @@ def measure_foe(
 
     Beside the fusion: its frugal variant at the fitted cost weight and, as `Results.curve`, at every other; each expert
     alone; the mean ensemble; the most confident expert; and the oracle expert, which is the one of the row's domain
-    where column `expert_column` says it, else whichever is right. Language models: the fusion and each expert, greedy,
+    if there is a column `expert_column`, else any that is right. Language models: the fusion and each expert, greedy,
     up to 64 new tokens, by exact match with column ``target``. Costs are shares of what querying every expert costs.
 
     Args:
@@ -58,10 +58,10 @@ def measure_foe(
         dataset: N labelled rows that nothing was fitted on, see `training.outputs.collect_outputs`.
         name: of the data set, for the results.
         split: of the data set, for the results.
-        command: what to type to measure it again; kept in the results.
-        label_column: the class's name or index, or the number.
-        expert_column: name or index of the expert whose domain the row is of.
-        batch_size: rows a step.
+        command: the command that repeats the measurement; stored in the results.
+        label_column: column with the class, by name or index, or with the number to predict.
+        expert_column: column with the expert whose domain the row is from, by name or index.
+        batch_size: rows per step.
 
     Raises:
         FusionError: the data is empty, has no such labels, or rows that the experts cannot read.

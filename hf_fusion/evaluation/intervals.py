@@ -28,7 +28,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def mean_of(scores: Sequence[Score]) -> Score:
-    """The mean of independent scores; each end of its interval is as far as theirs are together, squared and added.
+    """The mean of independent scores, with their distances to the ends of the intervals added in quadrature.
 
     That is MOVER (Zou and Donner, Statistics in Medicine 2008): for one score it gives that score's own interval, and
     it keeps a width where all rows of a task are right or wrong.

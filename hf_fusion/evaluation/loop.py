@@ -82,7 +82,7 @@ def check_names(names: Sequence[str]) -> None:
         FusionError: naming them.
     """
     if twice := [name for index, name in enumerate(names) if name in names[:index]]:
-        raise FusionError(f"two of what is compared are called {twice[0]!r}", hint="rename one of them")
+        raise FusionError(f"two predictors have the name {twice[0]!r}", hint="rename one of them")
 
 
 def metric_of(head: str, wanted: Metric | None) -> Metric:
@@ -124,7 +124,7 @@ def predict_task(
     Args:
         predictors: what predicts.
         data: the task's rows.
-        batch_size: rows a step.
+        batch_size: rows per step.
         before_batch: called before each batch, for what predictors share within one.
         title: of the progress; by default it is not shown.
 

@@ -92,8 +92,8 @@ def measure_merged(
 ) -> Results:
     """Measures a WEMoE or a merge with learned coefficients on each task of a suite, with the task's own head.
 
-    What it is compared with is what the papers of WEMoE (Tang et al. 2024, arXiv:2402.00433) and AdaMerging (Yang et
-    al. 2023, arXiv:2310.02575) compare it with.
+    It is compared with the baselines of the papers on WEMoE (Tang et al. 2024, arXiv:2402.00433) and AdaMerging (Yang
+    et al. 2023, arXiv:2310.02575).
 
     A classifier's prediction is the likeliest class; a language model's greedy answer is its target if and only if each
     of the target's tokens is the likeliest after those before it.
@@ -108,11 +108,11 @@ def measure_merged(
         owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
         more: further predictors, with distinct names.
         metrics: task → "exact" (default) or "tokens", for language models.
-        batch_size: rows a step, taken in order of length.
+        batch_size: rows per step, taken in order of length.
         max_length: the longest sequence, in tokens.
         trust_remote_code: of the experts, see `load_experts`.
-        settings: kept in the results.
-        command: kept in the results.
+        settings: stored in the results.
+        command: stored in the results.
 
     Raises:
         FusionError: for an empty suite, tasks without an expert, predictors of one name, and rows that cannot be read.
@@ -122,7 +122,7 @@ def measure_merged(
     for name in suite:
         if owners.get(name) not in model.experts:
             raise FusionError(
-                f"{name} is the task of none of the experts", hint=f"owners={{{name!r}: one of {model.experts}}}"
+                f"{name} is not the task of any expert", hint=f"owners={{{name!r}: one of {model.experts}}}"
             )
     predictors = [TaskModel(WEMOE, model, FUSED), *more]
     if experts:
@@ -162,7 +162,7 @@ def measure_static(
     """Measures a static merge on each task of a suite, beside its experts and their base.
 
     Models are loaded one after the other: no more than one, with an adapter's base two, are in memory at a time. Those
-    whose head or whose classes are not the merged model's are left out, with a warning.
+    whose head or classes differ from the merged model's are skipped, with a warning.
 
     Args:
         merged: its folder, its id, or the model as `fuse` returned it; "merged" in the results.
@@ -172,11 +172,11 @@ def measure_static(
         base: what they were fine-tuned from; default is the one that adapters among them record.
         owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
         metrics: task → "exact" (default) or "tokens", for language models.
-        batch_size: rows a step, taken in order of length.
+        batch_size: rows per step, taken in order of length.
         max_length: the longest sequence, in tokens.
         trust_remote_code: see `load_experts`.
-        settings: kept in the results.
-        command: kept in the results.
+        settings: stored in the results.
+        command: stored in the results.
         api: the Hub's client.
 
     Raises:
@@ -203,7 +203,7 @@ def measure_static(
             if expert.adapter and expert.adapter.base and "base" not in dict(queue):
                 queue.append(("base", str(expert.adapter.base_ref)))
         if outputs != like:
-            logger.warning("%s is not measured: it has %s, the merged model %s", expert.name, outputs, like)
+            logger.warning("%s is not measured: it has %s, but the merged model has %s", expert.name, outputs, like)
             continue
         check_names([*scores, name])
         kinds[name], scores[name] = kind, {}
@@ -260,7 +260,7 @@ def _beside(
         model.backbone.device
     )
     if merge.experts != model.experts:
-        raise FusionError(f"the model is made of {model.experts}, not of {merge.experts}")
+        raise FusionError(f"the model was made from {model.experts}, not from {merge.experts}")
     predictors = []
     for name, (kind, coefficient) in MERGES.items():
         given = [coefficient(model.config.scaling, len(loaded))] * len(loaded)

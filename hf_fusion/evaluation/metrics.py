@@ -85,10 +85,10 @@ METRIC_SPECS = {
     "mse": MetricSpec("float64", "Mean squared difference.", partial(_mean, lambda a, b: (a - b) ** 2)),
     "exact_match": MetricSpec(
         "string",
-        "Share of texts that equal their reference but for blanks at both ends.",
+        "Share of texts that equal their reference, ignoring whitespace at both ends.",
         partial(_mean, lambda a, b: a.strip() == b.strip()),
     ),
-    "f1": MetricSpec("int64", "F1 of the class 1; of more classes than two, the mean over the classes.", _f1),
+    "f1": MetricSpec("int64", "F1 of class 1; with more than two classes, the unweighted mean over the classes.", _f1),
     "matthews_correlation": MetricSpec("int64", "Matthews' correlation of classes.", _matthews),
     "spearmanr": MetricSpec("float64", "Spearman's rank correlation.", _spearman),
     "rouge1": MetricSpec("string", "ROUGE-1, F-measure, stemmed.", partial(_rouge, "rouge1")),
@@ -96,7 +96,7 @@ METRIC_SPECS = {
     "rougeL": MetricSpec("string", "ROUGE-L, F-measure, stemmed.", partial(_rouge, "rougeL")),
     "perplexity": MetricSpec(
         "float64",
-        "exp of the mean of predictions, which are losses in nats a token; references are their tokens.",
+        "exp of the mean of predictions, which are losses in nats per token; references are their tokens.",
         lambda losses, tokens: math.exp(sum(a * n for a, n in zip(losses, tokens, strict=True)) / sum(tokens)),
     ),
     "mean_iou": MetricSpec(
@@ -114,7 +114,7 @@ class PackagedMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_SPECS:
-            raise ValueError(f"unknown metric {self.config_name!r}; there are {', '.join(METRIC_SPECS)}")
+            raise ValueError(f"unknown metric {self.config_name!r}; use one of {', '.join(METRIC_SPECS)}")
         spec = METRIC_SPECS[self.config_name]
         value = datasets.Value(spec.dtype)
         feature = datasets.Sequence(value) if spec.is_list else value

@@ -78,7 +78,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_ylim(top=min(1.03, axes.get_ylim()[1] + 0.03))
     _label(axes, results.predictors, share)
-    axes.set_xlabel("cost of an example, as a share of asking every expert", loc="left")
+    axes.set_xlabel("cost per example, as a share of querying every expert", loc="left")
     axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
     plain_axes(axes)
     return _saved(figure, path)
@@ -119,8 +119,8 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     framed = "; framed: the expert of this task" if routing.owners else ""
     figure.suptitle(
         f"Routing weight of each expert, in % per task\n"
-        f"{sum(routing.n):,} examples, {TOKENS[routing.tokens]}, all linears; "
-        f"by chance {100 / len(experts):.0f}{framed}",
+        f"{sum(routing.n):,} examples, {TOKENS[routing.tokens]}, all linear layers; "
+        f"uniform routing would give {100 / len(experts):.0f}{framed}",
         x=0.01,
         ha="left",
         fontsize=9,

@@ -68,7 +68,7 @@ def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> Predi
 
 
 def _losses(model: ForwardModel, inputs: Mapping[str, Any]) -> Predictions:
-    """Mean loss of each row's target in nats a token, and how many tokens it has."""
+    """Mean loss of each row's target in nats per token, and how many tokens it has."""
     given = {name: value for name, value in inputs.items() if name != "labels"}
     labels, decodes = inputs["labels"], not model.config.is_encoder_decoder
     if not decodes:

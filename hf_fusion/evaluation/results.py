@@ -98,8 +98,8 @@ class Results:
             does not choose, or the domains are not known.
         curve: the frugal variant's accuracy-cost curve; points of cost_weight, score, ci95, and cost as in
             `PredictorScores`.
-        settings: top_k, temperature, seed and what else decides the scores.
-        command: what to type to measure it again.
+        settings: top_k, temperature, seed and whatever else determines the scores.
+        command: the command that repeats the measurement.
         machine: what it ran on.
     """
 

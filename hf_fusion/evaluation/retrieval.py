@@ -25,7 +25,7 @@ class TextEmbedder:
 
     Args:
         name: id or folder of the encoder; the default is the one of PHATGOOSE's paper.
-        batch_size: texts a step, taken in order of length.
+        batch_size: texts per step, taken in order of length.
         max_length: tokens kept of a text, from its beginning.
     """
 
@@ -94,5 +94,5 @@ def texts_of(rows: Dataset) -> list[str]:
             return [" ".join(filter(None, parts)) for parts in zip(*(rows[name] for name in names), strict=True)]
     raise FusionError(
         f"retrieval reads columns prompt or text, but the data set has {rows.column_names}",
-        hint="leave out the predictor 'retrieval'",
+        hint="leave 'retrieval' out of predictors",
     )

@@ -132,7 +132,7 @@ def measure_routing(
         missing_gates: see `PhatgooseRouter.from_experts`.
         embedder: makes embeddings of texts for retrieval; by default all-MiniLM-L6-v2, from the Hub.
         examples: how many training rows of each expert retrieval and average activation see.
-        batch_size: rows a step, taken in order of length.
+        batch_size: rows per step, taken in order of length.
         max_length: the longest sequence, in tokens.
         seed: of the rows drawn from `train_rows` and of uniform routing.
         command: recorded in the results.
@@ -274,9 +274,9 @@ class Evaluation:
         if unknown := [name for name in wanted if name not in PREDICTORS]:
             raise FusionError(f"there is no predictor {unknown[0]!r}", suggestion(unknown[0], PREDICTORS))
         if "base" in wanted and heads:
-            raise FusionError("the experts bring their own heads, without which their base has no answers")
+            raise FusionError("the base has no head: each expert brings its own, so the base alone cannot predict")
         if taken := [name for name in self.names if name in (*PREDICTORS, HINDSIGHT)]:
-            raise FusionError(f"an expert cannot be called {taken[0]!r} here: a predictor has this name")
+            raise FusionError(f"an expert cannot be named {taken[0]!r}: a predictor has this name")
         check_suite(self.suite)
         for task, owner in self.owners.items():
             if task not in self.suite:

@@ -74,7 +74,7 @@ class RoutingMap(JsonFile):
     example: str | None = None
 
     def owner_weight(self) -> float | None:
-        """Mean weight that a task's own expert gets, over the tasks that have one; 1/E by chance."""
+        """Mean weight that a task's own expert gets, over the tasks that have one; 1/E with uniform routing."""
         weights = [
             row[self.experts.index(self.owners[task])]
             for task, row in zip(self.tasks, self.weights, strict=True)
@@ -100,7 +100,7 @@ def map_routing(
         router: a `PhatgooseRouter`.
         suite: task → rows, as `measure_routing` takes them; the targets are read along with the prompts.
         owners: task → the expert that was trained on it.
-        batch_size: rows a step.
+        batch_size: rows per step.
         max_length: the longest sequence, in tokens.
 
     Raises:
@@ -151,7 +151,7 @@ def read_batches(
         model: with ``backbone`` and ``processor``.
         rows: as `read_examples` takes them, or what it made of them.
         labels: the classes of the head that reads them.
-        batch_size: rows a step.
+        batch_size: rows per step.
         max_length: the longest sequence, in tokens.
 
     Raises:

@@ -145,7 +145,7 @@ def score(found: Predictions, metric: str) -> RowsScore:
         values = row_scores(found, metric)
         values = values[~values.isnan()]
         if not len(values):
-            raise FusionError("no row has anything to compare with")
+            raise FusionError("no row has a reference to compare with")
         mean = score_of(values, metric)
         return RowsScore(mean.score, mean.ci95, len(values))
     from hf_fusion.evaluation.metrics import METRIC_SPECS

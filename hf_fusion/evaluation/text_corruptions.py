@@ -30,7 +30,7 @@ def corrupt_text(text: str, name: str, severity: int, seed: int) -> str:
     """A corrupted copy of a text; the same arguments give the same text.
 
     Args:
-        text: any; words are what blanks part.
+        text: any; words are separated by whitespace.
         name: one of `TEXT_CORRUPTIONS`.
         severity: 1 to 5.
         seed: give every text its own.

@@ -35,17 +35,17 @@ def merge_states(
         method: a key of `hf_fusion.merging.methods.MERGE_METHODS`.
         base: tensors of the model that the experts were fine-tuned from; ignored by methods without a base.
         experts: tensors of each expert: at least those of the base, else of the first.
-        by_expert: the parameters of each expert alone (``weight``), one mapping an expert.
-        statistics: of each expert, tensor name → what was measured of it, for methods that need it.
-        seed: of what is drawn at random.
+        by_expert: parameters of single experts (``weight``), one mapping per expert.
+        statistics: of each expert, tensor name → its statistic, for methods that need statistics.
+        seed: for random draws.
         parameters: the method's own, for all experts: values, gradients over the layers or filters by name.
 
     Returns:
-        Name → merged tensor, float32, on the CPU. What is not a float is the first model's.
+        Name → merged tensor, float32, on the CPU. Tensors that are not floating-point are the first model's.
 
     Raises:
-        FusionError: for an unknown method or parameter, a value out of its range, and what merges to NaN or Inf.
-        ValueError: what the method says of a tensor.
+        FusionError: the method or a parameter is unknown, a value is out of range, or a merged tensor has NaN or Inf.
+        ValueError: the method cannot merge a tensor; the message says why.
     """
     row = method_named(method)
     for given in (parameters, *by_expert):

@@ -75,7 +75,7 @@ def check_settings(
             raise FusionError(message, suggestion(key, known, f"hf-fusion methods {method}"))
         check_setting(known[key], value, where.inner(key))
         if of_expert and not known[key].per_expert:
-            raise FusionError(f"{where}: {key} is one for all experts", "give it under parameters:")
+            raise FusionError(f"{where}: {key} is the same for all experts", "give it under parameters:")
 
 
 def check_setting(field: Field, setting: Setting, where: KeyPath) -> None:
@@ -91,7 +91,7 @@ def value_at(setting: Setting, tensor: str, depth: float) -> Any:
     """What a setting says for one tensor.
 
     Args:
-        setting: which `check_setting` has let through.
+        setting: checked by `check_setting`.
         tensor: its name.
         depth: 0 for the first layer, 1 for the last.
 
@@ -129,7 +129,7 @@ def arguments_at(
         depth: 0 for the first layer, 1 for the last.
 
     Raises:
-        FusionError: one that must be given is not.
+        FusionError: a required parameter has no value.
     """
 
     def found(field: Field, settings: Sequence[Mapping[str, Setting]]) -> Any:
@@ -138,7 +138,7 @@ def arguments_at(
             if value is not None:
                 return field.kind(value)
         if field.required:
-            raise FusionError(f"{field.name} is not given for {tensor}", f"give {field.name}: {expected(field.hint)}")
+            raise FusionError(f"{field.name} has no value for {tensor}", f"give {field.name}: {expected(field.hint)}")
         return field.default
 
     return {

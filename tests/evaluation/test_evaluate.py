@@ -16,13 +16,13 @@ from hf_fusion.evaluation.routing import PREDICTORS
 
 def test_options_and_data_of_other_families_are_refused():
     model = FoEModel.from_experts(classifiers())
-    with pytest.raises(FusionError, match="a Fusion of Experts is not measured with 'owners'"):
+    with pytest.raises(FusionError, match="evaluate has no option 'owners' for a Fusion of Experts"):
         evaluate(model, labelled(), owners={})
     with pytest.raises(FusionError, match="a Fusion of Experts is measured on one data set"):
         evaluate(model, {"task": labelled()})
     with pytest.raises(FusionError, match="a static merge is measured on a data set for each task"):
         evaluate("me/merge", labelled())
-    with pytest.raises(FusionError, match="not a model with its recipe"):
+    with pytest.raises(FusionError, match="not the pair"):
         evaluate((model, None), labelled())  # as load_fused returns them
 
 
@@ -48,7 +48,7 @@ def test_a_router_is_measured_beside_its_experts():
     router = PhatgooseRouter.from_experts(experts, top_k=1)
     suite = {"zero": said(router, "expert-0", 3)}
     options = {"train_rows": {}, "owners": {"zero": "expert-0"}, "predictors": ["PHATGOOSE", "experts"]}
-    with pytest.raises(FusionError, match="none are given"):
+    with pytest.raises(FusionError, match="no experts were given"):
         evaluate(router, suite, **options)
     results = evaluate(router, suite, experts=experts, metrics={"zero": "tokens"}, **options)
     assert results.settings["top_k"] == 1
@@ -73,7 +73,7 @@ def test_tasks_belong_to_the_experts_whose_names_they_bear():
 def test_two_predictors_of_one_name_are_refused():
     data = TaskRows(MeasuredTask("task", "accuracy", 1), [{}], lambda batch: {})
     twins = [OutputPredictor("twin", kind, 1.0, Predictions([0], [0])) for kind in ("expert", "oracle")]
-    with pytest.raises(FusionError, match="two of what is compared are called 'twin'"):
+    with pytest.raises(FusionError, match="two predictors have the name 'twin'"):
         score_task(twins, data, 1)
 
 

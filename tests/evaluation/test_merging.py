@@ -101,9 +101,9 @@ def test_misfits_are_named():
     experts, model = made(bert_base, labels=["no", "yes"])
     with pytest.raises(FusionError, match="no tasks"):
         evaluate(model, {})
-    with pytest.raises(FusionError, match="sst2 is the task of none of the experts"):
+    with pytest.raises(FusionError, match="sst2 is not the task of any expert"):
         evaluate(model, {"sst2": ROWS})
-    with pytest.raises(FusionError, match="the model is made of"):
+    with pytest.raises(FusionError, match="the model was made from"):
         evaluate(model, {experts[0].name: ROWS}, experts=experts[:2], base=bert_base())
     with pytest.raises(FusionError, match="are called 'WEMoE'"):
         evaluate(model, {experts[0].name: ROWS}, more=[TaskModel("WEMoE", model)])

@@ -335,7 +335,7 @@ def test_classifiers_answer_among_the_labels_of_all(classifiers):
     assert results["oracle"].means["held-in"].score == 1
     assert results["expert-0"].scores["task-1"].score == 0  # it does not know these labels
     assert results["expert-0"].scores["task-0"].score == 1
-    with pytest.raises(FusionError, match="bring their own heads"):
+    with pytest.raises(FusionError, match="each expert brings its own"):
         evaluate(experts, suite, train_rows=train, owners=owners, predictors=["base"])
 
 

@@ -56,7 +56,7 @@ def test_scores_equal_those_of_the_plain_models(folders, tmp_path, caplog):
     assert [(task.name, task.owner, task.metric) for task in results.tasks] == [
         ("foxes", "foxes", "accuracy"), ("all", None, "accuracy"),
     ]  # fmt: skip
-    assert "cats is not measured: it has the classes cat, dog, the merged model" in caplog.text
+    assert "cats is not measured: it has the classes cat, dog, but the merged model has" in caplog.text
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
 

@@ -206,7 +206,7 @@ class _Reader:
             slices = self._slices(stack, where)
             experts = self._experts(stack, where, slices)
         if file.tokenizer is not None and file.tokenizer_source is not None:
-            raise self._refused("tokenizer_source and tokenizer are the same: give one")
+            raise self._refused("tokenizer_source and tokenizer mean the same: give only one")
         recipe = Recipe(
             self.method,
             experts,
@@ -218,7 +218,7 @@ class _Reader:
             file.chat_template,
         )
         if self._ignored:
-            logger.warning("%s: %s has no use for %s: left out", self.where, self.method, ", ".join(self._ignored))
+            logger.warning("%s: %s does not use %s: ignored", self.where, self.method, ", ".join(self._ignored))
         return self._placed(_all_kept(recipe) if "epsilon" in self.parameters else recipe)
 
     # ------------------------------------------------------------ models
@@ -237,7 +237,7 @@ class _Reader:
             if row.residual_weight is not None:
                 self._ignored["residual_weight"] = None
             if row.base_model not in (None, self.base):
-                raise FusionError(f"{at}.base_model is not supported", "one base_model is that of all")
+                raise FusionError(f"{at}.base_model is not supported", "give one base_model for the whole recipe")
             sources = []
             for i, source in enumerate(row.sources):
                 settings = self._settings(source.parameters, at.inner("sources", i, "parameters"), True)
@@ -257,7 +257,7 @@ class _Reader:
         listed = next((expert for expert in recipe.experts if expert.model == base), None)
         if listed is None and not recipe.slices and "weight" in self.parameters and "weight" not in recipe.parameters:
             raise self._refused(
-                f"base_model {base} would be merged with the others, and has no weight",
+                f"base_model {base} would be merged with the others, but has no weight",
                 "list it among the models, or leave it out",
             )
         return replace(recipe, base=None, experts=(listed or RecipeExpert(base), *others))

@@ -240,7 +240,7 @@ def test_weight_that_mergekit_ignores(folders, tmp_path, caplog):
     sources = "[{model: $base, layer_range: [0, 4]}, {model: $a, layer_range: [0, 4], parameters: {weight: 1}}]"
     text = f"merge_method: task_arithmetic\nbase_model: $base\nslices: [{{residual_weight: 0.5, sources: {sources}}}]\n"
     recipe = read(text, folders, tmp_path)
-    assert "has no use for residual_weight" in caplog.text
+    assert "does not use residual_weight" in caplog.text
     assert recipe == read(text.replace("residual_weight: 0.5, ", ""), folders, tmp_path)
 
 
@@ -310,7 +310,7 @@ def test_position_of_the_base_does_not_matter(folders, tmp_path):
     assert rename_to_base(read_as("slerp", ["a"])) == (None, ["base", "a"])
     assert rename_to_base(read_as("linear", ["a", "base", "b"])) == (None, ["base", "a", "b"])
     assert rename_to_base(read_as("linear", ["a"], "parameters: {weight: 0.5}")) == (None, ["base", "a"])
-    with pytest.raises(FusionError, match="base_model .* would be merged with the others, and has no weight"):
+    with pytest.raises(FusionError, match="base_model .* would be merged with the others, but has no weight"):
         read_as("linear", ["a"])
     text = """
         merge_method: passthrough
@@ -333,7 +333,7 @@ def test_values_are_read_as_leniently_as_mergekit_reads_them(folders, tmp_path, 
     assert [expert.settings for expert in recipe.experts] == [{"weight": 0.5}, {"weight": 1.0}]
     assert recipe.parameters == {"normalize": False} and recipe.dtype == "bfloat16"
     [record] = caplog.records
-    assert "linear has no use for int8_mask, lambda, density: left out" in record.getMessage()
+    assert "linear does not use int8_mask, lambda, density: ignored" in record.getMessage()
     text = "merge_method: nearswap\nbase_model: $base\nmodels: [{model: $a}]\nparameters: {t: 1e-4}\n"
     assert read(text, folders, tmp_path).parameters == {"t": 1e-4}
     text = "merge_method: karcher\nmodels: [{model: $a}, {model: $b}]\nparameters: {max_iter: 5.0}\n"

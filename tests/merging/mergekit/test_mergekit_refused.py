@@ -51,7 +51,7 @@ WRONG = {
     "models: [{model: a, layer_range: [0, 2]}]": r"models\[0\].layer_range is not a supported key",
     "models: [{parameters: {weight: 1}}]": r"models\[0\].model is missing\n  → model: owner/name",
     "models: [{model: a+b+c}]": r"models\[0\].model is 'a\+b\+c', expected",
-    "tokenizer_source: union\ntokenizer: {source: base}": "tokenizer_source and tokenizer are the same: give one",
+    "tokenizer_source: union\ntokenizer: {source: base}": "tokenizer_source and tokenizer mean the same: give only one",
     "tokenizer: union": "tokenizer is 'union', expected {source",
     "tokenizer: {source: union, vocab: 3}": "tokenizer.vocab is not a supported key",
     "tokenizer: {tokens: {x: union}}": "tokenizer.tokens.x is 'union', expected {source",
