@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from hf_fusion.cli.progress import Bars, Lines
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from hf_fusion.cli.tables import Column, table_lines
 
 FORMATS = ("human", "json", "quiet")
 GREY, RED, YELLOW, GREEN, BOLD = "90", "31", "33", "32", "1"
@@ -43,6 +42,18 @@ class Out:
         """Whether stderr is a terminal that shows progress bars."""
         return self.mode == "human" and self.stderr.isatty()
 
+    @property
+    def width(self) -> int | None:
+        """The width of the terminal that stdout is, in characters (``COLUMNS``, if set); None if it is no terminal."""
+        if not self.stdout.isatty():
+            return None
+        if (given := os.environ.get("COLUMNS", "")).isdigit() and int(given):
+            return int(given)
+        try:
+            return os.get_terminal_size(self.stdout.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
     # ---------------------------------------------------------------- data: stdout
 
     def table(
@@ -71,10 +82,10 @@ class Out:
                 self._write(_exact(row[key or next(iter(row))]))
         elif not rows:
             self._write(f"{title}: none" if title else "none")
-        elif self.stdout.isatty():
-            self._rich().print(_rich_table(rows, title))
         else:
-            self._write("\n".join([*([title] if title else []), *_padded(rows)]))
+            head, body = table_lines(_columns(rows), self.width)
+            bold = [self._colour(line, BOLD, self.stdout) for line in [*([title] if title else []), *head]]
+            self._write("\n".join([*bold, *body]))
 
     def text(self, text: str) -> None:
         """Print text in human mode only."""
@@ -164,12 +175,10 @@ class Out:
             stream.flush()
 
     def _colour(self, text: str, colour: str, stream: TextIO) -> str:
-        return f"\033[{colour}m{text}\033[0m" if self.mode == "human" and stream.isatty() else text
-
-    def _rich(self) -> Console:
-        from rich.console import Console
-
-        return Console(file=self.stdout, highlight=False)
+        plain = self.mode != "human" or not stream.isatty()
+        if plain or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            return text
+        return f"\033[{colour}m{text}\033[0m"
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -200,36 +209,10 @@ def _plain(value: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """The columns that are not empty → whether all of their values are numbers."""
+def _columns(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """The columns that are not empty."""
     filled = [name for name in rows[0] if any(row[name] not in (None, "", [], ()) for row in rows)]
-    return {name: all(isinstance(row[name], (int, float)) for row in rows) for name in filled}
-
-
-def _padded(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of plain text with aligned columns."""
-    columns = _columns(rows)
-    cells = [list(columns), *([_plain(row[name]) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if is_number else cell.ljust(width)
-            for cell, width, is_number in zip(line, widths, columns.values(), strict=True)
-        ).rstrip()
-        for line in cells
+    return [
+        Column(name, [_plain(row[name]) for row in rows], all(isinstance(row[name], (int, float)) for row in rows))
+        for name in filled
     ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def _rich_table(rows: Sequence[dict[str, Any]], title: str) -> Any:
-    """A table in colour, fitted to the width of the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, is_number in _columns(rows).items():
-        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_plain(row[name])) for name in _columns(rows)))
-    return table
