@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_fusion.errors import FusionError, first_line, refusal, unwritable
+from hf_fusion.errors import FusionError, first_line, refusal, suggestion, unwritable
+from hf_fusion.hub.near_ids import near_ids
 from hf_fusion.progress import track
 
 if TYPE_CHECKING:
@@ -39,8 +40,13 @@ _HINTS = {
 
 
 @contextmanager
-def explain_hub_errors(name: str) -> Iterator[None]:
-    """Turns exceptions of huggingface_hub into a FusionError that names the repo and the next step."""
+def explain_hub_errors(name: str, api: HfApi | None = None) -> Iterator[None]:
+    """Turns exceptions of huggingface_hub into a FusionError that names the repo and the next step.
+
+    Args:
+        name: of the repo.
+        api: the Hub's client, to find ids of models near one that was not found; None for other repos than models.
+    """
     import httpx2
     from huggingface_hub import errors
 
@@ -69,6 +75,10 @@ def explain_hub_errors(name: str) -> Iterator[None]:
         what, hint = next((what, hint) for kind, what, hint in rows if isinstance(error, kind))
         if type(error) is errors.HfHubHTTPError:
             hint = _HINTS.get(error.response.status_code)
+        is_missing = isinstance(error, (errors.RepositoryNotFoundError, errors.OfflineModeIsEnabled))
+        is_missing &= not isinstance(error, errors.GatedRepoError)
+        if is_missing and api is not None and (close := near_ids(name, api)):
+            hint = f"{suggestion(close[0], close)} Or {hint}"
         raise FusionError(f"{name} {what} ({first_line(error).rstrip('.')}).", hint=hint) from error
 
 

@@ -92,7 +92,7 @@ def resolve_repo(name: ModelRef | str, api: HfApi | None = None) -> Source:
     """`resolve` for ``owner/name[@revision]`` on the Hub, even if there is a folder of that name."""
     ref = repo_ref(name)
     api = hub_api(api)
-    with explain_hub_errors(ref.id):
+    with explain_hub_errors(ref.id, api):
         info = fetch_model_info(ref.id, ref.revision, api)
     check_commit(ref.id, ref.revision, info.sha)
     return source_of(info, api, pinned=ref.commit is not None)
