@@ -16,7 +16,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_fusion.cards.card import facts_from_json, read_facts, render_card
+from hf_fusion.cards.card import render_card
+from hf_fusion.cards.facts import facts_from_json, read_facts
 from hf_fusion.families import FAMILIES
 from hf_fusion.hub.licenses import combine
 from hf_fusion.publishing.plan import plan

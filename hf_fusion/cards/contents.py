@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.evaluation.results import Results
 from hf_fusion.hub.remote_code import refuse_kernels
 
 if TYPE_CHECKING:
-    from hf_fusion.cards.card import CardFacts
+    from hf_fusion.cards.facts import CardFacts
 
 MAX_TASKS_IN_ALT = 8  # tasks listed in the alternative text of a figure
 
@@ -21,30 +21,64 @@ class CardContents:
     """How the card of one family is filled in, beside its template ``model_cards/NAME.md.j2``.
 
     Attributes:
-        options: (config, folder) → the settings that the template shows.
+        options: (config, folder) → the settings that the template shows; "fitted", where something is to be fitted.
+        paper: options → address and title of the method's paper, as in `cards.citations`; empty without one.
+        ranks: config → LoRA ranks of each expert, as text; empty where the config does not have them.
+        fit: options → the arguments that ``hf-fusion fit`` was given; empty where nothing was fitted.
         view: facts → further variables of the template.
     """
 
     options: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    paper: Callable[[Mapping[str, Any]], tuple[str, str]]
+    ranks: Callable[[Mapping[str, Any]], list[str | None]] = lambda config: []
+    fit: Callable[[Mapping[str, Any]], list[str]] = lambda options: []
     view: Callable[[CardFacts], dict[str, Any]] = lambda facts: {}
 
 
-def suite_view(facts: CardFacts) -> dict[str, Any]:
-    """Template variables: groups of tasks, the predictors compared task by task, and whether experts have labels."""
-    results = facts.measured or Results([], [])
-    groups = results.groups().items()
+def labelled_view(facts: CardFacts) -> dict[str, Any]:
+    """Template variables: which columns the table of experts has."""
     return {
-        "groups": [{"name": name, "tasks": tasks, "n": sum(task.n for task in tasks)} for name, tasks in groups],
-        "compared": [p for p in results.predictors if p.kind in ("base", "fused", "baseline")],
         "labelled": any(expert.labels for expert in facts.experts),
+        "ranked": any(expert.rank for expert in facts.experts),
     }
+
+
+def _ranks_text(ranks: Iterable[int]) -> str | None:
+    """Ranks of one expert's modules: "8", "4 to 16"; None for a full model."""
+    found = [rank for rank in ranks if rank]
+    if not found:
+        return None
+    return str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"
 
 
 # ---------------------------------------------------------------- Fusion of Experts
 
 
 def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {key: config.get(key) for key in ("mode", "features_from", "frugal", "rule", "over", "weights")}
+    return {key: config.get(key) for key in ("mode", "features_from", "frugal", "rule", "over", "weights", "fitted")}
+
+
+def _foe_ranks(config: Mapping[str, Any]) -> list[str | None]:
+    """A backbone lists the ranks of its experts in their order."""
+    seen: Counter[int] = Counter()
+    found = []
+    for row in config["experts"]:
+        backbone = row["backbone"]
+        modules = config["backbones"][backbone].get("ranks") or {}
+        found.append(_ranks_text(ranks[seen[backbone]] for ranks in modules.values()))
+        seen[backbone] += 1
+    return found
+
+
+def _foe_fit(options: Mapping[str, Any]) -> list[str]:
+    return ["--frugal"] if options.get("frugal") else []
+
+
+def _foe_paper(options: Mapping[str, Any]) -> tuple[str, str]:
+    """An ensemble's rules are FusionBench's."""
+    if options.get("rule"):
+        return "https://arxiv.org/abs/2406.03280", "FusionBench"
+    return "https://arxiv.org/abs/2310.01542", "Fusion of Experts"
 
 
 # ---------------------------------------------------------------- PHATGOOSE
@@ -67,6 +101,16 @@ def _phatgoose_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any
     return options | {"num_experts_per_tok": summary["top_k"], "reads": reads}
 
 
+def _phatgoose_ranks(config: Mapping[str, Any]) -> list[str | None]:
+    return [_ranks_text(config["profiles"][row["profile"]]["ranks"].values()) for row in config["experts"]]
+
+
+def _phatgoose_paper(options: Mapping[str, Any]) -> tuple[str, str]:
+    if options["routing"] == "arrow":
+        return "https://arxiv.org/abs/2405.11157", "Arrow"
+    return "https://arxiv.org/abs/2402.05859", "PHATGOOSE"
+
+
 def _alt_text(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[float]], form: str) -> str:
     """Alternative text of a heat map (tasks × experts): the largest expert of each of the first tasks."""
     shown = [
@@ -78,9 +122,9 @@ def _alt_text(experts: Sequence[str], tasks: Sequence[str], rows: Sequence[Seque
 
 
 def _phatgoose_view(facts: CardFacts) -> dict[str, Any]:
-    """Template variables: those of a suite, the kinds of gates, and the figure's alternative text."""
+    """Template variables: columns of the experts, the kinds of gates, and the figure's alternative text."""
     gates = {word for expert in facts.experts for word in (expert.gates or "").split()}
-    view, routing = suite_view(facts) | {"gates": gates}, facts.routing
+    view, routing = labelled_view(facts) | {"gates": gates}, facts.routing
     if routing:
         most = _alt_text(routing["experts"], routing["tasks"], routing["weights"], "{:.0%}")
         view["alt"] = f"Heat map of tasks and experts. The expert with the most weight on {most}"
@@ -132,14 +176,27 @@ def _wemoe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "top_k": own.num_experts_per_tok,
         "default_task": own.default_task,
         "task_heads": bool(own.task_heads),
+        "fitted": bool(own.adaptation),
         "adapters": sum(bool(row.get("adapter")) for row in own.experts),
         "reads": reads,
     }
 
 
+def _wemoe_fit(options: Mapping[str, Any]) -> list[str]:
+    how = options.get("adaptation") or {}
+    names = ["loss", "steps", "learning_rate", "batch_size", *(["diversity"] if how.get("loss") == "entropy" else [])]
+    return [word for name in names if name in how for word in (f"--{name.replace('_', '-')}", str(how[name]))]
+
+
+def _wemoe_paper(options: Mapping[str, Any]) -> tuple[str, str]:
+    if options["routing"] == "smile":
+        return "https://arxiv.org/abs/2408.10174", "SMILE"
+    return "https://arxiv.org/abs/2402.00433", "WEMoE"
+
+
 def _wemoe_view(facts: CardFacts) -> dict[str, Any]:
-    """Template variables: those of a suite, and the figure's alternative text."""
-    view, found = suite_view(facts), facts.routing
+    """Template variables: columns of the experts, and the figure's alternative text."""
+    view, found = labelled_view(facts), facts.routing
     if found:
         means = [[sum(layer) / len(rows) for layer in zip(*rows, strict=True)] for rows in found["coefficients"]]
         most = _alt_text(found["experts"], found["tasks"], means, "{:.2f}")
@@ -148,8 +205,8 @@ def _wemoe_view(facts: CardFacts) -> dict[str, Any]:
 
 
 CONTENTS = {
-    "foe": CardContents(_foe_options),
-    "phatgoose": CardContents(_phatgoose_options, _phatgoose_view),
-    "wemoe": CardContents(_wemoe_options, _wemoe_view),
+    "foe": CardContents(_foe_options, _foe_paper, _foe_ranks, _foe_fit, labelled_view),
+    "phatgoose": CardContents(_phatgoose_options, _phatgoose_paper, _phatgoose_ranks, view=_phatgoose_view),
+    "wemoe": CardContents(_wemoe_options, _wemoe_paper, fit=_wemoe_fit, view=_wemoe_view),
 }
 """Family, as in `families.FAMILIES` → the contents of its cards."""

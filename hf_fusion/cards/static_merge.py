@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.contents import CardContents
-from hf_fusion.evaluation.results import HELD_IN, HELD_OUT, Results
+from hf_fusion.cards.contents import CardContents, labelled_view
+from hf_fusion.cards.plain_methods import PLAIN
 from hf_fusion.hub.formats import ADAPTER_CONFIG, IMAGE_FILES, PROCESSOR_FILES
 from hf_fusion.hub.manifests import MODULES
 from hf_fusion.hub.task_heads import architectures, head_of_adapter, head_of_architecture
@@ -22,7 +22,7 @@ from hf_fusion.schema import KeyPath, read
 from hf_fusion.types import ExpertInfo
 
 if TYPE_CHECKING:
-    from hf_fusion.cards.card import CardFacts
+    from hf_fusion.cards.facts import CardFacts
 
 MERGE = "merge"
 """The family of all static merges on cards; their ``model_type`` is that of the experts."""
@@ -103,28 +103,15 @@ def pipeline_tag(config: Mapping[str, Any], experts: Sequence[ExpertInfo]) -> st
     return head.tasks[0] if head else "feature-extraction"
 
 
-MEANS = {HELD_IN: "mean of the experts' tasks", HELD_OUT: "mean of the other tasks"}
-
-
 def merge_view(facts: CardFacts) -> dict[str, Any]:
-    """Template variables: the table of results, with a row for each task and mean and a cell for each predictor.
+    """Template variables: columns of the experts, and what the method does in plain words.
 
-    ``settings`` are the parameters that differ between experts; ``owner`` is the expert trained on the row's task.
+    ``settings`` are the parameters that differ between experts.
     """
-    rows: list[dict[str, Any]] = []
-    results = facts.measured or Results([], [])
-    for task in results.tasks:
-        scores = [predictor.scores.get(task.name) for predictor in results.predictors]
-        rows.append({"name": task.name, "n": task.n, "metric": task.metric, "owner": task.owner, "scores": scores})
-    for group, tasks in results.groups().items():
-        if len(tasks) > 1:
-            mean = "mean" if len(tasks) == len(results.tasks) else MEANS[group]
-            scores = [predictor.means.get(group) for predictor in results.predictors]
-            rows.append({"name": mean, "n": sum(t.n for t in tasks), "metric": "", "owner": None, "scores": scores})
     return {
-        "rows": rows,
         "settings": list(dict.fromkeys(key for each in facts.options["settings"] for key in each)),
-        "labelled": any(expert.labels for expert in facts.experts),
+        "plain": PLAIN.get(facts.options["method"], ""),
+        **labelled_view(facts),
     }
 
 
@@ -133,4 +120,6 @@ def _parameter_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-MERGE_CONTENTS = CardContents(merge_options, merge_view)
+MERGE_CONTENTS = CardContents(
+    merge_options, lambda options: (options["paper"] or "", options["title"]), view=merge_view
+)

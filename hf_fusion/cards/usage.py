@@ -17,7 +17,7 @@ from hf_fusion.hub.task_heads import head_of_architecture
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
-    from hf_fusion.cards.card import CardFacts
+    from hf_fusion.cards.facts import CardFacts
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _script(
         call: for its head.
         auto: class that loads the model.
         example: the example text, unquoted.
-        load: expression that loads the model; default is ``auto.from_pretrained``.
+        load: lines that load the model; default is ``auto.from_pretrained``.
         code: whether the repo's code has to be trusted.
         names: further names to import from transformers, with a comma in front.
     """
@@ -84,9 +84,9 @@ def _script(
     lines = [
         f"{call.imports}from transformers import {', '.join(filter(None, (auto, call.processor)))}{names}",
         "",
-        f'repo, revision = "{facts.repo_id}", "{facts.revision or "main"}"',
+        f"repo, revision = {json.dumps(facts.repo_id)}, {json.dumps(facts.revision or 'main')}",
         f"processor = {call.processor}.from_pretrained({arguments})" if call.processor else None,
-        f"model = {load or f'{auto}.from_pretrained({arguments})'}",
+        load or f"model = {auto}.from_pretrained({arguments})",
         "",
         call.inputs.format(text=json.dumps(example, ensure_ascii=False)) or None,
         call.outputs,
@@ -115,8 +115,8 @@ _GENERATION = ModelCall(
 # a language model that was tuned on a chat template gives nonsense without it
 _CHAT = ModelCall(
     'example = [{{"role": "user", "content": {text}}}]\n'
-    "inputs = processor.apply_chat_template(\n"
-    '    example, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)',
+    "inputs = processor.apply_chat_template("
+    'example, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
     "answer = model.generate(**inputs, max_new_tokens=20)\n"
     'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
 )
@@ -169,11 +169,12 @@ _FOE_CALLS = {
 
 def _foe_script(facts: CardFacts) -> str:
     call = _call_of(_FOE_CALLS, facts.auto_class)
+    task = json.dumps(facts.pipeline_tag)
     if not call.pipeline:
         return _script(facts, call, auto=facts.auto_class, example=EXAMPLE)
     return (
         _script(facts, call, auto=facts.auto_class, example=EXAMPLE, names=", pipeline")
-        + f'\npipe = pipeline("{facts.pipeline_tag}", model=repo, revision=revision, trust_remote_code=True)\n'
+        + f"\npipe = pipeline({task}, model=repo, revision=revision, trust_remote_code=True)\n"
         + "print(pipe(example))\n"
     )
 
@@ -257,7 +258,7 @@ _TEXT_AND_IMAGE = ModelCall(
 _LOADED = ModelCall("", "print(type(model).__name__, model.num_parameters())", processor="")
 _SENTENCES = """from sentence_transformers import SentenceTransformer
 
-repo, revision = "{repo}", "{revision}"
+repo, revision = {repo}, {revision}
 model = SentenceTransformer(repo, revision=revision{code})
 print(model.encode(["{example}"]).shape)  # pooled as its modules configure
 """
@@ -268,7 +269,8 @@ def _merge_script(facts: CardFacts) -> str:
     options, auto = facts.options, facts.auto_class
     if options.get("sentences"):
         code = ", trust_remote_code=True" if options["code"] else ""
-        return _SENTENCES.format(repo=facts.repo_id, revision=facts.revision or "main", code=code, example=EXAMPLE)
+        repo, revision = json.dumps(facts.repo_id), json.dumps(facts.revision or "main")
+        return _SENTENCES.format(repo=repo, revision=revision, code=code, example=EXAMPLE)
     call = _CHAT if options.get("chats") else _merge_call(facts)
     if auto == "AutoModel" and options["class"] and not head_of_architecture(options["class"]) and not options["code"]:
         auto = options["class"]  # no Auto class that we know loads this head
@@ -276,8 +278,9 @@ def _merge_script(facts: CardFacts) -> str:
         return _script(facts, call, auto=auto, example=EXAMPLE, code=options["code"])
     base = ModelRef.parse_repo(facts.base or "owner/base")
     labels = f", num_labels={len(facts.experts[0].labels)}" if facts.experts[0].labels else ""
-    pin = f', revision="{base.revision}"' if base.revision else ""
-    load = f'PeftModel.from_pretrained({auto}.from_pretrained("{base.id}"{pin}{labels}), repo, revision=revision)'
+    pin = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    load = f"base = {auto}.from_pretrained({json.dumps(base.id)}{pin}{labels})\n"
+    load += "model = PeftModel.from_pretrained(base, repo, revision=revision)"
     call = replace(call, imports=f"{call.imports}from peft import PeftModel\n")
     return _script(facts, call, auto=auto, example=EXAMPLE, load=load, code=options["code"])
 

@@ -12,7 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.cards.card import README, CardFacts, read_facts, render_card
+from hf_fusion.cards.card import README, render_card
+from hf_fusion.cards.facts import CardFacts, read_facts
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import save_fused
 from hf_fusion.hub.client import hub_api
@@ -181,7 +182,7 @@ def _plan_folder(
         api=api,
     )
     facts = read_facts(staged, repo_id, checked.experts, checked.license, results)
-    facts = replace(facts, results=strip_local_paths(facts.results, names))
+    facts = replace(facts, results=strip_local_paths(facts.results, names), license_is_stated=license is not None)
     existing = remote_card(repo_id, api) if checked.exists else ""
     if not existing and (folder / README).exists():
         existing = read_text(folder / README)

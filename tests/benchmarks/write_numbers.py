@@ -23,7 +23,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))
 from number_sources import ROOT, SOURCES, Source
 
-from hf_fusion.cards.card import facts_from_json, render_card
+from hf_fusion.cards.card import render_card
+from hf_fusion.cards.facts import facts_from_json
 from hf_fusion.hub.readme import put_section
 
 LIST = "docs/numbers.md"

@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 from rendered import AUTO_CLASSES, NASTY, Tags, html_of
 
-from hf_fusion.cards.card import BEGIN, END, CardExpert, CardFacts, facts_from_json, render_card
+from hf_fusion.cards.card import BEGIN, END, render_card
+from hf_fusion.cards.facts import CardExpert, CardFacts, facts_from_json
 from hf_fusion.cards.static_merge import MERGE
 from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
@@ -59,23 +60,28 @@ def test_metadata_is_valid_for_the_hub():
 
 def test_card_shows_measurements_and_experts():
     card = render_card(FACTS)
-    assert "| **FoE** | 97.1 % ± 1.0 | 100 % |" in card
-    assert "| a/one | 50.0 % ± 3.0 | 25 % |" in card
-    assert "Scores are accuracy on 1,234 examples of Moods (test)" in card
+    assert "| **FoE**: this model | 97.1\u00a0(96.1–\u206098.1) | 100 % |" in card
+    assert "| a/one: the best single expert | 50.0\u00a0(47.0–\u206053.0) | 25 % |" in card
+    assert "Measured on 1,234 rows of Moods (test). Scores are accuracy (the share of right classes), in %" in card
     assert (
         f"| [a/one](/a/one) | [1111111](/a/one/tree/{'1' * 40}) | text-classification | mit | no, yes | 25 % |" in card
     )
     assert pinned_revision(card) == "c" * 40
     assert pinned_revision(render_card(replace(FACTS, revision=None))) is None
-    assert "Not measured." in render_card(replace(FACTS, results=None))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mode": "output", "features_from": None, "frugal": {"neighbors": 10}}, "looks up the 10 validation examples"),
-        ({"mode": "selection", "features_from": None, "frugal": None}, "experts' embeddings of an example are"),
-        ({"mode": "selection", "features_from": 1, "frugal": None}, r"embedding of one expert \(a/two\) is taken"),
+        (
+            {"mode": "output", "features_from": None, "frugal": {"neighbors": 10}},
+            "looks up the 10 validation examples with the most similar answers",
+        ),
+        ({"mode": "selection", "features_from": None, "frugal": None}, "Each expert turns the input into an embedding"),
+        (
+            {"mode": "selection", "features_from": 1, "frugal": None},
+            r"One expert \(a/two\) turns the input into an embedding",
+        ),
     ],
 )
 def test_says_how_it_works(options, said):
@@ -99,7 +105,9 @@ def test_text_from_strangers_stays_text():
         "systems": [{**system, "name": NASTY} for system in FACTS.results["systems"]],
     }
     experts = tuple(replace(expert, task=NASTY, license=NASTY, labels=(NASTY, "yes")) for expert in FACTS.experts)
-    card = render_card(replace(FACTS, experts=experts, results=results, license=NASTY, recipe=f"x: '```'\n# {NASTY}\n"))
+    versions = {"hf_fusion": NASTY, "transformers": NASTY}
+    changed = {"results": results, "license": NASTY, "recipe": f"x: '```'\n# {NASTY}\n", "versions": versions}
+    card = render_card(replace(FACTS, experts=experts, code=("modeling_foe.py", NASTY), **changed))
     found = Tags(html_of(card))
     assert set(found.names) <= set(clean.names)
     assert found.names.count("td") == clean.names.count("td")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rendered import NASTY, Tags, html_of
 
-from hf_fusion.cards.card import facts_from_json, read_facts, render_card
+from hf_fusion.cards.card import render_card
+from hf_fusion.cards.facts import facts_from_json, read_facts
 from hf_fusion.cards.static_merge import merge_options, pipeline_tag
 from hf_fusion.cards.usage import usage_code
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -34,8 +35,8 @@ def test_card_names_each_method_with_its_parameters(method, tmp_path):
     recipe = Recipe(method, (RecipeExpert(f"a/one@{SHA}"), RecipeExpert(f"a/two@{SHA}")))
     infos = [ExpertInfo(f"a/{name}", SHA, license="mit") for name in ("one", "two")]
     card = render_card(read_facts(saved(tmp_path, recipe), "me/merged", infos, "mit"))
-    assert f"models merged into one by {row.title}." in card
-    assert not row.url or f"[{row.title}]({row.url}): " in card
+    assert f"({row.title}). It is for anyone who wants" in card
+    assert not row.url or f"The method is called [{row.title}]({row.url}); as a formula: " in card
     for name, parameter in row.parameters.items():
         value = parameter.default if isinstance(parameter.default, str) else json.dumps(parameter.default)
         assert f"| {name} | {value} | default |" in card
@@ -90,9 +91,10 @@ def test_text_from_strangers_stays_text():
     nasty = [{**row, "name": NASTY, "value": NASTY} for row in FACTS.options["parameters"]]
     results = {**FACTS.results, "command": NASTY, "machine": NASTY}
     results["tasks"] = [{**task, "name": f"{NASTY}{i}", "owner": NASTY} for i, task in enumerate(results["tasks"])]
-    results["systems"] = [
+    key = "systems" if "systems" in results else "predictors"
+    results[key] = [
         {**system, "name": NASTY, "scores": {f"{NASTY}{i}": s for i, s in enumerate(system["scores"].values())}}
-        for system in results["systems"]
+        for system in results[key]
     ]
     options = {**FACTS.options, "parameters": nasty, "class": NASTY, "dtype": NASTY}
     experts = tuple(replace(expert, task=NASTY, license=NASTY) for expert in FACTS.experts)

@@ -16,7 +16,8 @@ from rendered import AUTO_CLASSES, NASTY, Tags, html_of
 from tiny import adapter, bert, image_processor, make_tokenizer, t5, vit
 
 from hf_fusion import Expert, ExpertInfo, Gates, PhatgooseRouter
-from hf_fusion.cards.card import facts_from_json, read_facts, render_card
+from hf_fusion.cards.card import render_card
+from hf_fusion.cards.facts import facts_from_json, read_facts
 from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.fusion import save_fused
 from hf_fusion.recipe import Recipe, RecipeExpert
@@ -30,26 +31,25 @@ def with_options(**options):
 
 def test_card_shows_measurements_with_intervals():
     card = render_card(FACTS)
-    router = next(system for system in FACTS.results["systems"] if system["kind"] == "router")
-    mean = router["means"]["held-in"]
-    low, high = (round(100 * end) for end in mean["ci95"])
-    assert f"| **PHATGOOSE** | {100 * mean['score']:.1f} % ({low}–{high}) |" in card
-    assert "| task | n | metric | base | PHATGOOSE | merged | its own expert |" in card
-    assert {entry.dataset_name for entry in ModelCard(card).data.eval_results} == set(router["scores"])
+    router = FACTS.measured["PHATGOOSE"]
+    mean = router.means["held-in"]
+    low, high = (100 * end for end in mean.ci95)
+    assert f"| **PHATGOOSE**: this model | {100 * mean.score:.1f}\u00a0({low:.1f}–\u2060{high:.1f}) |" in card
+    assert "| task | n | this model | its own expert | best single expert | base |" in card
+    assert {entry.dataset_name for entry in ModelCard(card).data.eval_results} == set(router.scores)
     assert pinned_revision(card) == FACTS.revision
     assert f"`{FACTS.results['command']}` on {FACTS.results['machine']}".replace("+", "+") in card
-    assert "Not measured." in render_card(replace(FACTS, results=None))
 
 
 def test_held_out_tasks_have_a_separate_table():
     results = json.loads(json.dumps(FACTS.results))
     task = results["tasks"][0]
     task["owner"], task["metric"] = None, "tokens"
-    for system in results["systems"]:
+    for system in results.get("systems") or results["predictors"]:
         system["means"]["held-out"] = {"score": 0.123, "ci95": [0.1, 0.15]}
     card = render_card(replace(FACTS, results=results))
-    assert f"Mean over 1 held-out tasks ({task['n']} examples), which no expert was trained on:" in card
-    assert "| **PHATGOOSE** | 12.3 % (10–15) |" in card
+    assert f"| model | mean of 4 tasks of the experts, n = 160 | {task['name']}, n = {task['n']} |" in card
+    assert "| 12.3\u00a0(10.0–\u206015.0) |" in next(line for line in card.splitlines() if "**PHATGOOSE**" in line)
     assert f"| {task['name']} | {task['n']} | tokens |" in card
     names = {entry.dataset_name: entry.metric_type for entry in ModelCard(card).data.eval_results}
     assert names[task["name"]] == "token_accuracy"
@@ -58,11 +58,11 @@ def test_held_out_tasks_have_a_separate_table():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"routing": "arrow"}, "absolute values of the input's dot products"),
-        ({"routing": "uniform"}, "drawn at random"),
-        ({"router_temperature": 0.5}, "softmax of these scores at temperature 0.5;"),
-        ({"num_experts_per_tok": 1}, "every token is routed to the 1 of them"),
-        ({"base_by_reference": False}, "of them in experts and gates. At the linears"),
+        ({"routing": "arrow"}, "the absolute value of the dot product"),
+        ({"routing": "uniform"}, "its scores are drawn at random"),
+        ({"router_temperature": 0.5}, "softmax of these scores at temperature 0.5."),
+        ({"num_experts_per_tok": 1}, "every token is sent to the one that suits it best"),
+        ({"base_by_reference": False}, "of them in experts and gates."),
     ],
 )
 def test_says_how_it_works(options, said):
@@ -78,7 +78,7 @@ def test_card_shows_gate_kinds_and_labels():
     card = render_card(replace(FACTS, experts=experts))
     for said in ("Arrow gates are", "Average gates are", "Trained gates were"):
         assert said in card
-    assert "| no, yes | arrow |" in card
+    assert "| no, yes | 8 | arrow |" in card
     assert "| labels |" not in render_card(FACTS)
 
 
@@ -92,11 +92,11 @@ def test_usage_is_python(auto_class):
 def test_text_from_strangers_stays_text():
     clean = Tags(html_of(render_card(FACTS)))
     results = json.loads(json.dumps(FACTS.results))
-    for system in results["systems"]:
-        system["name"] = NASTY
+    for system in results.get("systems") or results["predictors"]:
+        system["name"] = "oracle" if system["name"] == "oracle" else NASTY
     routing = {**FACTS.routing, "example": NASTY, "tasks": [NASTY for _ in FACTS.routing["tasks"]]}
     routing["experts"] = [NASTY for _ in routing["experts"]]
-    experts = tuple(replace(expert, task=NASTY, license=NASTY, gates=NASTY) for expert in FACTS.experts)
+    experts = tuple(replace(expert, task=NASTY, license=NASTY, gates=NASTY, rank=NASTY) for expert in FACTS.experts)
     changed = {"results": {**results, "command": NASTY, "machine": NASTY}, "routing": routing, "experts": experts}
     card = render_card(replace(FACTS, **changed, license=NASTY))
     found = Tags(html_of(card))

@@ -14,8 +14,9 @@ from tiny import bert, gpt2, image_processor, make_tokenizer, t5, vit
 from tiny_fused import base_expert, clip, clip_vision, experts_of
 
 from hf_fusion import ExpertInfo, WEMoEModel
-from hf_fusion.cards.card import CardExpert, CardFacts, read_facts, render_card
+from hf_fusion.cards.card import render_card
 from hf_fusion.cards.contents import STORAGE
+from hf_fusion.cards.facts import CardExpert, CardFacts, read_facts
 from hf_fusion.cards.usage import usage_code
 from hf_fusion.evaluation.coefficient_map import COEFFICIENT_FILE, CoefficientMap
 from hf_fusion.fusion import save_fused
@@ -121,18 +122,27 @@ def test_card_shows_experts_and_measurements():
     card = render_card(FACTS)
     assert "| [me/topics](/me/topics) | [2222222](/me/topics/tree/" in card
     assert "| text-classification | apache-2.0 | art, law, sport |" in card
-    assert "All of them were fine-tuned from [me/base](/me/base)." in card
-    assert "| 12 linears in 6 layers | 300,000 | the base's weights; merged with the task vectors per input |" in card
-    assert "| their task vectors | 700,000 | in the model's own precision |" in card
-    assert "| everything else | 200,000 | merged once, by task arithmetic with λ = 0.3 |" in card
-    assert "| heads | 34,000 | one per expert |\n| routers | 567 | two linear layers per layer |" in card
-    assert "| **WEMoE** | 75.0 % (65–85) |" in card
-    assert "| task | n | metric | base | WEMoE | task arithmetic | its own expert |" in card
+    assert "All of them were trained from [me/base](/me/base) ([bbbbbbb](/me/base/tree/" in card
+    assert (
+        "| 12 linear layers in 6 blocks | 300,000 | the base's weights; merged with the task vectors per input |"
+        in card
+    )
+    assert "| their task vectors | 700,000 | stored in the model's own precision |" in card
+    assert (
+        "| everything else | 200,000 | merged once, by task arithmetic: the base plus 0.3 times each task vector |"
+        in card
+    )
+    assert (
+        "| heads | 34,000 | one for each expert, unchanged |\n| routers | 567 | two linear layers in each block |"
+        in card
+    )
+    assert "| **WEMoE**: this model | 75.0\u00a0(65.0–\u206085.0) |" in card
+    assert "| task | n | this model | its own expert | best single expert | base |" in card
     assert (
         "![Coefficients by layer, one panel per task. The expert with the largest mean on "
         "moods: moods 0.60; topics: topics 0.45](coefficients.png)" in card
     )
-    assert "on 90 rows of 2 tasks, layer by layer; dashed is the constant 0.3 of task arithmetic" in card
+    assert "layer by layer, on 90 rows; they are not told the task, and dashed is the 0.3 that merging once" in card
     data = ModelCard(card).data
     assert data.base_model == ["me/moods", "me/topics", "me/base"]
     assert {entry.dataset_name: entry.metric_value for entry in data.eval_results} == {"moods": 0.8, "topics": 0.7}
@@ -140,7 +150,7 @@ def test_card_shows_experts_and_measurements():
 
 def test_card_without_measurements_has_no_plot():
     card = render_card(replace(FACTS, results=None, routing=None))
-    assert "Not measured." in card
+    assert "Not measured: neither" in card
     assert "coefficients.png" not in card
     assert 'example = "An example sentence."' in card
 
@@ -148,26 +158,32 @@ def test_card_without_measurements_has_no_plot():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"adaptation": None}, "about 0.3 for any input, which is task arithmetic, until `hf-fusion fit routers`"),
-        ({"adaptation": {**ADAPTATION, "loss": "labels"}}, "Its routers were adapted to the labels of 1,500 rows"),
-        ({"adaptation": {**ADAPTATION, "stopped": "moods narrowed"}}, "It was stopped early: moods narrowed."),
+        (
+            {"adaptation": None},
+            "as if merged once by task arithmetic, until `hf-fusion fit routers`",
+        ),
+        ({"adaptation": {**ADAPTATION, "loss": "labels"}}, "routers were trained on the labels of 1,500 rows"),
+        ({"adaptation": {**ADAPTATION, "stopped": "moods narrowed"}}, "Training was stopped early: moods narrowed."),
         (
             {"adaptation": {**ADAPTATION, "diversity": 0}},
-            "by minimising the mean entropy of the predictions, on 1,500 rows",
+            "so that predictions become certain (by their mean entropy), on 1,500 rows",
         ),
         (
             {"adaptation": {**ADAPTATION, "loss": "expert"}},
-            "(mean Kullback-Leibler divergence from its predictions) on 1,500 rows",
+            "(by the mean Kullback-Leibler divergence from its predictions), on 1,500 rows",
         ),
-        ({"router_layers": 0}, "one coefficient for each expert, the same for every input"),
-        ({"shared_router": True}, "two linear layers, one shared by all layers |"),
-        ({"batch_reduce": True}, "Predictions depend on the batch"),
-        ({"task_heads": False}, "each the task of one expert; only the oracle"),
+        (
+            {"router_layers": 0},
+            "Each block has one number for each expert, its *coefficient*, the same for every input.",
+        ),
+        ({"shared_router": True}, "two linear layers, one router shared by all blocks |"),
+        ({"batch_reduce": True}, "depends on the rest of the batch"),
+        ({"task_heads": False}, "the model is not told which task a row belongs to"),
         ({"merge": "simple_average"}, "merged once, by simple average |"),
-        ({"adapters": 2}, "[me/base](/me/base), 2 as adapters."),
-        ({"routing": "smile", "top_k": 2}, "a token is routed to the 2 experts whose leading directions"),
-        ({"merges": False}, "a token costs the low-rank products in addition"),
-        ({"head": "causal-lm"}, "the coefficients and weights merged for a prompt are kept for its continuation"),
+        ({"adapters": 2}, "), 2 as LoRA adapters."),
+        ({"routing": "smile", "top_k": 2}, "A token is sent to the 2 experts whose leading directions"),
+        ({"merges": False}, "in these layers a token costs the low-rank products in addition"),
+        ({"head": "causal-lm"}, "the weights merged for a prompt are kept for its continuation"),
     ],
 )
 def test_says_how_it_works(options, said):
@@ -177,8 +193,8 @@ def test_says_how_it_works(options, said):
 
 def test_says_how_routers_were_adapted():
     assert (
-        "minus 1 times the entropy of the mean prediction, which prevents collapse to one class, on 1,500 rows "
-        "of 2 tasks: 1,000 steps of Adam at 0.001, 16 rows of each task per step." in render_card(FACTS)
+        "while classes stay varied (minus 1 times the entropy of the mean prediction), on 1,500 rows of 2 tasks: "
+        "1,000 steps of Adam at learning rate 0.001, with 16 rows of each task per step." in render_card(FACTS)
     )
 
 
@@ -197,7 +213,7 @@ def test_usage_is_python(auto_class):
 def test_text_from_strangers_stays_text():
     clean = Tags(html_of(render_card(FACTS)))
     results = {**FACTS.results, "command": NASTY, "machine": NASTY}
-    results["systems"] = [{**own, "name": NASTY} for own in results["systems"]]
+    results["systems"] = [row if row["name"] == "oracle" else {**row, "name": NASTY} for row in results["systems"]]
     routing = {
         **FACTS.routing,
         "example": NASTY,

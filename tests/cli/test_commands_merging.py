@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from hf_fusion.cards.usage import pinned_revision
 from hf_fusion.cli.app import main
 from hf_fusion.evaluation.results import Results
 
+DOWNLOAD = f"{sys.executable} -m huggingface_hub.cli.hf download"
 WAY = """\
 import sys
 
@@ -152,7 +156,8 @@ def test_eval_compares_the_merge_to_its_experts(here, folders, tmp_path):
     assert [(task.name, task.n, task.owner) for task in results.tasks] == [("foxes", 16, "foxes"), ("dogs", 16, "dogs")]
     assert results.settings == {"method": "ties", "density": 0.5}
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert "| task | n | metric | **merged** | foxes | dogs | base |" in card
+    assert "| task | n | this model | its own expert | best single expert | base |" in card
+    assert "| **merged**: this model |" in card and "| foxes" in card and "| dogs" in card
     assert f"Measured by `hf-fusion eval merged --data {folders}/test.parquet --split test`" in card
     renamed = Dataset.from_parquet(str(folders / "test.parquet")).rename_columns({"label": "kind", "task": "of"})
     renamed.to_parquet(tmp_path / "renamed.parquet")
@@ -166,7 +171,7 @@ def test_eval_compares_the_merge_to_its_experts(here, folders, tmp_path):
     assert Results.load(tmp_path / "merged" / "results.json") == results
     here("fuse", str(folders / "recipe.yaml"), "-o", "merged", "--overwrite")
     assert not (tmp_path / "merged" / "results.json").exists()  # of another merge
-    assert "Not measured." in (tmp_path / "merged" / "README.md").read_text()
+    assert "Not measured: neither" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
@@ -190,6 +195,17 @@ def test_pushed_with_its_card(hf_fusion, hub, folders, tmp_path):
     assert pinned_revision(card) == pushed["revision"]
     assert "breadcrumbs" in api.model_info("mixer/merged").tags
     assert api.model_info("mixer/merged").private
+    typed = "".join(re.findall(r"^```sh\n(.*?)^```", card, re.MULTILINE | re.DOTALL)).replace("\n", " && ")
+    typed = typed.partition(" && ")[2].removesuffix(" && ")  # all but what to install
+    typed = typed.replace("hf-fusion ", f"{sys.executable} -m hf_fusion.cli ").replace("hf download", DOWNLOAD)
+    shutil.rmtree(tmp_path / "merged")
+    shutil.copy(folders / "test.parquet", tmp_path / "ROWS.parquet")
+    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", typed], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again, published = tmp_path / "merged-again", tmp_path / "merged"
+    assert (again / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
+    assert Results.load(published / "results.json")["merged"].scores
 
 
 @pytest.mark.slow

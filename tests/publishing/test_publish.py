@@ -16,7 +16,8 @@ from tiny_experts import SIZES, save_adapter, save_bert
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 import hf_fusion
-from hf_fusion.cards.card import BEGIN, END, facts_from_json
+from hf_fusion.cards.card import BEGIN, END
+from hf_fusion.cards.facts import facts_from_json
 from hf_fusion.cards.usage import pinned_revision, usage_code
 from hf_fusion.errors import FusionError
 from hf_fusion.fusion import fuse, load_fused, save_fused
@@ -190,12 +191,13 @@ def test_license_by_hand(owner, ids, fused):
     assert "--license" in caught.value.hint
     planned = plan(model, f"{owner.name}/mood", license="other", api=owner.api)
     assert planned.license == "other"
+    assert "License: other, as stated by who published it." in planned.card
     assert ModelCard(planned.card).data.license == "other"
 
 
 def test_results_beside_the_model(owner, fused):
     (fused / "results.json").write_text(json.dumps(RESULTS))
-    assert "90.0 % ± 2.0" in plan(fused, f"{owner.name}/mood", api=owner.api).card
+    assert "90.0\u00a0(88.0–\u206092.0)" in plan(fused, f"{owner.name}/mood", api=owner.api).card
     (fused / "results.json").write_text(json.dumps({**RESULTS, "systems": [{"name": "FoE"}], "n": None, "dataset": {}}))
     with pytest.raises(FusionError, match=r"results.json: tasks\[0\].name is None, expected a string"):
         plan(fused, f"{owner.name}/mood", api=owner.api)

@@ -142,11 +142,11 @@ def test_repo_published_by_reference_loads_and_shows_results(hub, owner, ids, tm
         in card.text
     )
     assert "](routing.png)" in card.text
-    assert "| trained |" in card.text
+    assert "| 4 | trained |" in card.text  # rank and gates
     assert "The repo contains only the experts; their base is downloaded" in card.text
     assert f"a token costs {model.summary()['relative_cost']:.2f} times the base's operations" in card.text
-    for system in ("base", "**PHATGOOSE**", "merged", "oracle", *ids):
-        assert f"| {system} |" in card.text
+    for system in ("base:", "**PHATGOOSE**:", "merged:", "oracle:", *ids):
+        assert f"| {system}" in card.text
 
     texts = ["the quick fox", "a dog, said the router to the gate"]
     code = STRANGER.format(
@@ -170,7 +170,7 @@ def test_repo_published_by_reference_loads_and_shows_results(hub, owner, ids, tm
 def test_complete_repo_needs_no_other_repo(hub, owner, ids, tmp_path):
     folder = save_fused(fuse("phatgoose", ids, api=owner.api), tmp_path / "fused")
     planned = plan(folder, f"{owner.name}/both", api=owner.api)
-    assert "Not measured." in planned.card
+    assert "Not measured: neither" in planned.card
     assert "routing.png" not in planned.card
     assert "The repo contains only the experts" not in planned.card
     assert any(name.endswith("embed_tokens.weight") for name in load_file(folder / "model.safetensors"))

@@ -155,7 +155,7 @@ def test_published_with_measurements_it_loads_anywhere(hub, owner, ids, tmp_path
     best = means[0].argmax()
     assert f"largest mean on task-1: task-{best} {means[0, best]:.2f};" in card.text
     assert "](coefficients.png)" in card.text
-    assert "about 0.3 for any input, which is task arithmetic, until" in card.text
+    assert "every expert counts 0.3 for any input, as if merged once by task arithmetic, until" in card.text
     assert f"| {model.summary()['merged_parameters']:,} |" in card.text
 
     said = fresh_python(STRANGER + usage_code(str(card)), hub, hub.token(owner.name)).stdout.splitlines()
@@ -170,7 +170,7 @@ def test_published_with_measurements_it_loads_anywhere(hub, owner, ids, tmp_path
 def test_published_without_measurements(owner, ids, tmp_path):
     folder = save_fused(fuse("wemoe", ids, base=f"{owner.name}/base", api=owner.api), tmp_path / "fused")
     planned = plan(folder, f"{owner.name}/all", api=owner.api)
-    assert "Not measured." in planned.card
+    assert "Not measured: neither" in planned.card
     assert "coefficients.png" not in planned.card
     done = publish(folder, f"{owner.name}/all", api=owner.api)
     assert "model.safetensors" in owner.api.list_repo_files(done.repo_id)
