@@ -1,4 +1,4 @@
-"""What all cells of a suite in a folder have in common, kept beside them: other rows or weights would not compare."""
+"""What all cells of a suite in a folder have in common, stored beside them: others would not be comparable."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ANOTHER = "use another folder: --output DIR"
 
 
 def check_bound(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
-    """Whether cells measured like this may go into a folder, or are there.
+    """Checks that a folder has no cells of this suite that were measured with other rows or weights.
 
     Raises:
-        FusionError: it holds cells of other rows or weights.
+        FusionError: it has such cells.
     """
     before = _read(folder, suite)
     for name, value in settings.items():
@@ -52,7 +52,7 @@ def check_bound(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None
 
 
 def bind(folder: Path, suite: Suite, settings: Mapping[str, int]) -> None:
-    """Keeps, beside the cells of a suite, with what they are measured."""
+    """Records, beside the cells of a suite, the rows and weights that they are measured with."""
     before = _read(folder, suite)
     now = {**settings, "tasks": _digest(suite), "shas": {**before.get("shas", {}), **shas(suite)}}
     file = folder / suite.name / FILE

@@ -39,13 +39,13 @@ class Candidate:
     """A fused model to measure.
 
     Attributes:
-        prepare: (task, corruption or "clean", "test" or "fit") → what predicts for these rows.
+        prepare: (task, corruption or "clean", "test" or "fit") → the predictor and the rows.
         parameters: of the method, as they were used.
-        stored: parameters that must be kept.
-        active: parameters that one example meets.
-        cost: multiplications of a forward as a multiple of the dense base's; where there is none, of the first
+        stored: number of parameters of the model.
+        active: number of parameters that one example uses.
+        cost: multiplications per forward pass, as a multiple of the dense base's; without a base, of the first
             expert's.
-        retuned: parameters → the same model with others, where that is cheaper than fusing again.
+        retuned: parameters → the same model with these, where that is cheaper than fusing again.
     """
 
     prepare: Callable[[str, str, str], Prepared]
@@ -71,7 +71,7 @@ def seed_of(*parts: object) -> int:
 
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Seeds torch from names; afterwards its generator is where it was."""
+    """Seeds torch from names within this context, and restores the generator's state afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(*parts))
         yield

@@ -32,12 +32,12 @@ class Cell:
         condition: "clean", or corruption and severity: "gaussian_noise:3".
         split: which experts are fused: "all", or the name of one of the suite's holdouts.
         group: "held-in", or "held-out" where no fused expert was trained on the task.
-        seed: of everything random in it; of a method that is not stochastic, that of the run.
-        metric: what `score` is.
+        seed: seed of all randomness; for a deterministic method, that of the run.
+        metric: a key of `bench.suite.METRICS`.
         status: "failed" and "left out" have a reason and no score.
         reason: why the method has no score.
         score: 0 to 1, or the metric's own scale.
-        ci95: the interval that holds it with 95 %, over rows.
+        ci95: its 95 % interval over the test rows.
         n: test rows.
         parameters: of the method, as they were used.
         seconds: wall-clock time of the evaluation of this cell.
@@ -45,11 +45,11 @@ class Cell:
         gpu_seconds: GPU time of the evaluation of this cell.
         fuse_seconds: wall-clock time of fusing (and fitting, adapting, tuning), once for all cells of the model.
         fuse_cpu_seconds: CPU time of the same.
-        peak_bytes: the most memory that the process, or its GPU, held while the model was fused and measured.
+        peak_bytes: peak memory of the process, or of its GPU, while the model was fused and measured.
         stored: number of parameters of the fused model.
         active: number of parameters that one example uses.
-        cost: multiplications of a forward as a multiple of the dense base's.
-        command: what to type to measure it again.
+        cost: multiplications per forward pass, as a multiple of the dense base's.
+        command: the command that repeats the measurement.
         machine: what it ran on.
         versions: package -> version.
         shas: model or data set -> commit, or digest of the weights where there is none.
@@ -130,7 +130,7 @@ def read_cells(source: str | Path) -> list[Cell]:
     """The cells of a run's folder (one file each), or of `.jsonl` files (one line each), in the order of their paths.
 
     Raises:
-        FusionError: there is nothing, or it is no cell.
+        FusionError: there are no cells, or a line is not a cell.
     """
     source = Path(source)
     files = [source] if source.is_file() else sorted([*source.rglob("*.json"), *source.rglob("*.jsonl")])

@@ -1,4 +1,4 @@
-"""Whether all that a suite names can be had: bases, experts and data, on the Hub and on this machine."""
+"""Checks that everything a suite names is available: bases, experts and data, on the Hub and on this machine."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Checked:
             wheel; "unreachable": the Hub did not answer.
         sha: the commit that the source stands for now; empty where there is none.
         pinned: whether the source names that commit.
-        reason: why it cannot be had.
-        hint: what to type next.
+        reason: why it is not available.
+        hint: the next command.
     """
 
     what: str

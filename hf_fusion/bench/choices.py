@@ -1,4 +1,4 @@
-"""Rank classification: a language model's answer is the likeliest of a row's choices, whatever else it would write."""
+"""Rank classification: a language model predicts the most likely of the choices, however it would continue."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spread(rows: Dataset) -> Dataset:
 
 
 def right_choices(target: str, choices: Sequence[str], worth: Sequence[float] | None) -> list[int]:
-    """Which choices are right: those that are worth most, or else the one that a target means."""
+    """Which choices are correct: those with the highest worth, or else the one that the target means."""
     if worth is not None and len(worth) == len(choices) and max(worth) > 0:
         return [number for number, value in enumerate(worth) if value == max(worth)]
     return [right_choice(target, choices)]

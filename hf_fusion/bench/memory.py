@@ -12,7 +12,7 @@ _PROCESS = Path("/proc/self")
 
 
 def forget_peak(on_gpu: bool) -> None:
-    """The peak is from now on; where the system cannot forget (not Linux), it stays the process's."""
+    """Resets the peak; on systems other than Linux it cannot be reset, and stays that of the process."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         return

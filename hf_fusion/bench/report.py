@@ -30,8 +30,8 @@ def summarise(cells: Iterable[Cell]) -> BenchSummary:
     the range over seeds. A mean over tasks is taken seed by seed (`mean_of`), of the seeds that have all its tasks;
     where a task has no score there is none, nor where metrics cannot be averaged. What a method scores normalised
     is its mean as a share of the individual experts' on the same tasks and condition, or the mean of such shares where
-    metrics cannot be averaged. A drop is relative to the clean rows of the same held-in tasks. For metrics of which
-    less is better both are turned round, so that 1 is as good as the experts and a drop is a loss.
+    metrics cannot be averaged. A drop is relative to the clean rows of the same held-in tasks. For metrics for
+    which lower is better both are inverted, so that 1 is as good as the experts and a drop is a loss.
 
     Args:
         cells: of any suites, in any order; of two for the same place the later counts.

@@ -59,7 +59,7 @@ def task_rows(suite: Suite, task: str, data_dir: str | Path | None = None) -> Ro
         data_dir: the folder below which ``data:`` sources lie.
 
     Raises:
-        FusionError: the suite has no such task, its data set is not there, or has not the columns that are declared.
+        FusionError: the suite has no such task, or its data set is missing or lacks a declared column.
     """
     if task not in suite.tasks:
         raise FusionError(f"{suite.name} has no task {task!r}", hint=suggestion(task, suite.tasks))
@@ -96,13 +96,13 @@ def _parts(task: Task, wanted: Collection[str], data_dir: str | Path | None) -> 
 
 
 def divide(parts: Parts, split: str = "train", share: float = 0.15) -> tuple[Any, Dataset, Dataset]:
-    """Rows that train, rows that may be learned from, and rows that are tested; none is in two of them.
+    """Training rows, rows for fitting and test rows, which do not overlap.
 
-    Other rows that occur among the test rows are dropped; the division depends on nothing but `SEED`.
+    Training and fitting rows that also occur among the test rows are dropped; the division depends only on `SEED`.
 
     Args:
         parts: "test", and "train" or what `split` names.
-        split: where the second come from: a share of "train" or "test", or all of a part of its own.
+        split: the source of the fitting rows: a share of "train" or "test", or all of another part.
         share: of the rows of that split.
     """
     test, train = parts["test"], parts.get("train")
@@ -182,7 +182,7 @@ def ours(rows: Dataset, task: Task, file: str = "") -> Dataset:
         set's own.
 
     Raises:
-        FusionError: a declared column is missing, or a label is none of the classes.
+        FusionError: a declared column is missing, or a label is not one of the classes.
     """
     written = ("prompt", "target") if {"prompt", "target"} <= set(rows.column_names) else ()
     theirs = {name: name for name in (*OUR_COLUMNS, *written) if name in rows.column_names} | task.columns

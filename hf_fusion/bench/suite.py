@@ -84,7 +84,7 @@ GivenText = Annotated[str | None, Expected("a string", is_text)]
 
 
 def same_scale(metrics: Iterable[str]) -> bool:
-    """Whether scores can be averaged: they are of one metric, or all of them shares, of which more is better."""
+    """Whether scores can be averaged: all have the same metric, or all are shares for which higher is better."""
     names = set(metrics)
     return len(names) == 1 or not names & LOWER
 
@@ -94,7 +94,7 @@ class Fitting:
     """Which rows may be learned from: they trained no expert and are not tested.
 
     Attributes:
-        split: "train" or "test", of which a share is cut off; or a split of the data set that is neither.
+        split: "train" or "test", from which a share is taken; or another split of the data set, used whole.
         share: of the split's rows.
     """
 
@@ -193,10 +193,10 @@ class Suite(_Facts):
     Attributes:
         name: of its file.
         title: what reports call it.
-        kind: "merging": full models or adapters of one base, one head for each task, which is told; "routing": adapters
-            of one base, the task is not told; "fusion": the tasks' rows are pooled, the task is not told; "regression":
-            models that score texts, as people did.
-        head: what its models answer with, one of `HEADS`.
+        kind: "merging": full models or adapters of one base with a head for each task; the task of a row is known.
+            "routing": adapters of one base; the task is unknown. "fusion": the tasks' rows are pooled; the task is
+            unknown. "regression": models that score texts, compared with people's scores.
+        head: kind of its models' head, one of `HEADS`.
         tasks: by name, in order.
         experts: name → source: those of the tasks, under their names, and those that belong to none.
         base: source of what the experts were made from; None where they differ.
@@ -204,7 +204,7 @@ class Suite(_Facts):
         build: the command that makes the experts here; None where they are downloaded.
         unseen: which experts are fused, and which held-out tasks are tested.
         ask: of the kind "regression": expert → how it is asked for a score.
-        about: what else its reader should know.
+        about: further notes for readers.
         path: its file.
     """
 
@@ -252,7 +252,7 @@ def load_suite(name: str | Path) -> Suite:
         name: one of `suite_names()`, or the path of a ``.yaml`` file.
 
     Raises:
-        FusionError: there is no such suite, or something in its file is wrong, which is named.
+        FusionError: there is no such suite, or its file is invalid; the message names the key.
     """
     path = Path(name) if str(name).endswith(".yaml") else SUITES / f"{name}.yaml"
     if not path.is_file():

@@ -71,7 +71,7 @@ class MethodSummary(TypedDict):
         means: corruption → group → mean of its tasks, where all have a score on one scale.
         normalised: corruption → group → the mean as a share of the individual experts'.
         drop: corruption → what is lost against the clean rows, as a share.
-        cost: multiplications of a forward as a multiple of the dense base's.
+        cost: multiplications per forward pass, as a multiple of the dense base's.
         stored: see `Cell`.
         active: see `Cell`.
         fuse_cpu_seconds: CPU time of fusing.

@@ -19,10 +19,10 @@ class TableEntry:
     """One cell of a table.
 
     Attributes:
-        text: what people read.
-        value: what programs read, in CSV: unrounded, shares as shares; None where there is none.
+        text: as shown.
+        value: as in CSV: unrounded, shares from 0 to 1; None if there is none.
         ci95: the interval of the value.
-        best: it is the best of its column.
+        best: whether it is the best of its column.
         note: why there is no value, or what is wrong with it: a footnote.
     """
 

@@ -145,7 +145,7 @@ def foe(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
 
 @bench_method("FrugalFoE", "fusion", stochastic=True)
 def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
-    """FoE that asks one expert after the other, and stops when another one is not worth its cost."""
+    """FoE that queries one expert after the other, and stops when another one is not worth its cost."""
     model, rows, fuser = _output(setup, holdout, seed, frugal=True)
     policy, weight = copy.deepcopy(model.policy).to("cpu"), (model.config.frugal or {})["cost_weight"]
     shares = torch.tensor(model.config.cost_shares)

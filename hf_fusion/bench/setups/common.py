@@ -41,7 +41,7 @@ class TaskSetup:
         data_dir: where ``data:`` sources lie.
         limit: test rows of each task.
         tuned_on: rows of each task that parameters are tuned on: from `Rows.fit`.
-        batch_size: rows at once.
+        batch_size: rows per batch.
         device: where models run.
         allow_pickle: also read experts that have no safetensors.
 
@@ -148,7 +148,7 @@ def unchanged(found: Predictions) -> Predictions:
 
 
 def _attention(query: Shape, key: Shape, value: Shape, /, *_: object, **__: object) -> int:
-    """Operations of attention on shapes (B, H, T, d): QKᵀ and its product with V."""
+    """Operations of attention on shapes (B, H, T, d): QKᵀ, and its product with V."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
@@ -168,7 +168,7 @@ PRODUCTS = {
 
 
 def multiplications(call: Callable[[], Any]) -> int:
-    """What a call multiplies, counted twice, as is the custom: once with the addition."""
+    """The operations of a call's products: each multiplication counts twice, with its addition, as is usual."""
     with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         call()
     return int(counter.get_total_flops())

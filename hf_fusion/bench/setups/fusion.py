@@ -126,7 +126,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
     # ---------------------------------------------------------------- rows
 
     def pool(self, task: str, corruption: str = CLEAN, split: str = TEST) -> Dataset:
-        """The rows of a task as they lie in the pool: labels by name, short ones first."""
+        """The rows of a task within the pool: labels by name, short rows first."""
         key = (task, corruption, split)
         if key not in self._rows:
             self._rows[key] = by_length(self._plain(task, self.sample(task, corruption, split)))
