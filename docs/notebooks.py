@@ -61,6 +61,7 @@ def execute(script: Path) -> Any:
             timeout=SECONDS,
             startup_timeout=SECONDS,
             record_timing=False,
+            coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         )
         manager = client.create_kernel_manager()
