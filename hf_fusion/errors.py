@@ -104,11 +104,17 @@ def path_suggestion(path: str | Path, otherwise: str) -> str:
         with os.scandir(missing.parent) as entries:
             names = [entry.name for entry in islice(entries, 5_000) if entry.name[0] != "."]
         rest = whole.relative_to(missing)
-        close = [missing.with_name(name) for name in nearest(missing.name, names) if name != missing.name]
+        close = [missing.with_name(name) for name in nearest(missing.name, names) if _is_like(missing, name)]
         whole_ones = [each / rest for each in close if (each / rest).exists()]
         if found := whole_ones or close:
             return f"did you mean {_either([str(each) for each in found])}?"
     return otherwise
+
+
+def _is_like(path: Path, name: str) -> bool:
+    """Whether a name is near that of a path beyond a suffix that they share."""
+    other = Path(name)
+    return name != path.name and (other.suffix != path.suffix or bool(nearest(path.stem, [other.stem])))
 
 
 _FEW = 8  # words that a hint or message lists

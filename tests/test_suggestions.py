@@ -79,6 +79,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (".hiden", "otherwise"),
         ("zzz", "otherwise"),
         ("zzz/recipe.yaml", "otherwise"),
+        ("zzz.yaml", "otherwise"),
+        ("receipe.yaml", "did you mean recipe.yaml?"),
         ("recipe.yaml/zzz", "otherwise"),
         ("x" * 5_000, "otherwise"),
         ("\0", "otherwise"),

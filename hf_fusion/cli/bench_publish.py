@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from hf_fusion.cli.checks import check_results
 from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
 from hf_fusion.progress import phase
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.bench.publish import plan_results, push_results
 
     models = dict(_pair(word) for word in args.models)
+    check_results(args.folder)
     cells = read_cells(args.folder)
     with phase("Planning"):
         planned = plan_results(cells, args.repo, models, private=not args.public, overwrite=args.overwrite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hf_fusion.cli.checks import check_results
 from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
 from hf_fusion.progress import phase
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
     from hf_fusion.bench.pages import REPORT, write_report
     from hf_fusion.bench.suite_tables import main_table
 
+    check_results(args.folder)
     source = Path(args.folder)
     folder = Path(args.output) if args.output else source.with_name(f"{source.resolve().stem}-report")
     if folder.resolve() == source.resolve() or source.resolve() in folder.resolve().parents:

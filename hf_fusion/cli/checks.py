@@ -52,10 +52,7 @@ def read_model_config(folder: str) -> dict[str, Any]:
     path = Path(folder)
     recover_folder(path)
     if not path.is_dir():
-        raise FusionError(
-            f"there is no folder {folder}",
-            path_suggestion(folder, "check the path, or make a model: hf-fusion fuse … --output DIR"),
-        )
+        raise _no_folder(folder, "check the path, or make a model: hf-fusion fuse … --output DIR")
     config = path / "config.json"
     if not config.is_file() and not (path / RECIPE_FILE).is_file():
         raise FusionError(
@@ -161,7 +158,24 @@ def check_folder(name: str | None, option: str) -> None:
         FusionError: it does not.
     """
     if name is not None and not Path(name).is_dir():
-        raise FusionError(f"there is no folder {name}", path_suggestion(name, f"check the path: {option} DIR"))
+        raise _no_folder(name, f"check the path: {option} DIR")
+
+
+def check_results(name: str) -> None:
+    """Check that results of the benchmark exist, as a file or folder.
+
+    Raises:
+        FusionError: they do not.
+    """
+    if not Path(name).exists():
+        hint = path_suggestion(name, f"check the path, or make them: hf-fusion bench run --suite NAME --output {name}")
+        raise FusionError(f"{name} does not exist", hint)
+
+
+def _no_folder(name: str, otherwise: str) -> FusionError:
+    if Path(name).exists():
+        return FusionError(f"{name} is a file, not a folder", otherwise)
+    return FusionError(f"there is no folder {name}", path_suggestion(name, otherwise))
 
 
 def check_repo(name: str) -> None:

@@ -22,17 +22,22 @@ class UsageError(FusionError):
 
 
 @contextmanager
-def checking_arguments() -> Iterator[None]:
-    """Turns errors of checks that only read arguments into a `UsageError`."""
+def checking_arguments(hint: str | None = None) -> Iterator[None]:
+    """Turns errors of checks that only read arguments into a `UsageError`.
+
+    Args:
+        hint: for errors that have none.
+    """
     try:
         yield
     except FusionError as error:
-        raise UsageError(error.message, error.hint) from error
+        raise UsageError(error.message, error.hint or hint) from error
 
 
 def explain(error: Exception, command: str) -> FusionError:
     """The error to print for an exception in `command`."""
     if isinstance(error, FusionError):
+        error.hint = error.hint or f"hf-fusion {command} --help"
         return error
     if refusal(error) is not None:
         return unwritable(getattr(error, "filename", None) or "a file", error)

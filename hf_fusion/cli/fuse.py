@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, out: Out) -> None:
 
     from hf_fusion.hub.provenance import read_recipe
     from hf_fusion.io.folders import refuse_to_replace
-    from hf_fusion.merging.methods import MERGE_METHODS
+    from hf_fusion.merging.methods import MERGE_METHODS, METHODS_LISTING
     from hf_fusion.merging.recipe_files import load_recipe
     from hf_fusion.recipe import Recipe
 
@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, out: Out) -> None:
             parameters = _parameters(args.set)
             weights = parameters.pop("weights", None) if args.method in MERGE_METHODS else None
             recipe = Recipe(args.method, _experts(args.experts, weights), args.base, parameters, args.dtype)
-    with nullcontext() if args.recipe else checking_arguments():
+    about = f"{METHODS_LISTING} {recipe.method} describes its parameters"
+    with nullcontext() if args.recipe else checking_arguments(about):
         _check(recipe)
     _check_names(recipe, args)
 

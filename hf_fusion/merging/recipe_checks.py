@@ -74,7 +74,7 @@ def check_recipe(recipe: Recipe) -> None:
     if 0 < sum(expert.weight is not None for expert in recipe.experts) < count:
         raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
     if method.base == "needed" and not recipe.base:
-        raise FusionError(f"{name} needs the base of its experts", "base: owner/name")
+        raise FusionError(f"{name} needs the base of its experts", "--base owner/name, or base: owner/name in a recipe")
     check_parameters(recipe)
 
 
