@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _of_router(router: PhatgooseRouter, suite: Mapping[str, Dataset], **options: Any) -> Results:
-    """A router is built again from its experts, beside those of the other strategies, with its own options."""
+    """Rebuilds the router from its experts, as other routing strategies are built, with the router's own options."""
     experts = options.pop("experts", ())
     if not experts:
         raise FusionError(

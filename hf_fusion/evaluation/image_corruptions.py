@@ -1,4 +1,4 @@
-"""Corrupted images at five severities: how much of a model's accuracy is left when pictures are not clean.
+"""Corrupted images at five severities: for measuring a model's accuracy on images that are not clean.
 
 Corruptions and parameters of CIFAR-10-C (Hendrycks & Dietterich, 2019, arXiv 1903.12261; its make_cifar_c.py). They fit
 pictures of about 32 px; the parameters that its authors chose for 224 px would leave nothing of such small ones.
@@ -32,11 +32,11 @@ def corrupt(image: Image.Image, name: str, severity: int, seed: int) -> Image.Im
     """A corrupted copy of a picture; the same arguments give the same picture.
 
     Args:
-        image: grey (L) or RGB; other modes become RGB. One with a side below 28 px is enlarged to 32 x 32 first: what
-            leaves a picture of 32 px readable would destroy a smaller one.
+        image: grey (L) or RGB; other modes become RGB. An image with a side below 28 px is first enlarged to 32 x 32:
+            corruptions that leave 32 px readable would destroy a smaller one.
         name: one of `CORRUPTIONS`.
         severity: 1 to 5.
-        seed: of the noise, the direction of motion and the drops; give every picture its own.
+        seed: of the noise, the direction of motion and the drops; use a different one for every image.
 
     Returns:
         A picture of the same mode and, unless it was enlarged, the same size.

@@ -37,8 +37,8 @@ class TaskRows:
         task: which, and how its rows are scored.
         rows: N of them; rows with ``input_ids`` are batched with rows of like length.
         collate: rows → inputs with their labels.
-        reduced: predictions for the N rows → those that are scored, where these are others.
-        keeps: whether the inputs of batches are kept for predictors that are measured later.
+        reduced: predictions for the N rows → the scored ones, if these differ.
+        keeps: whether batches are cached for predictors that are measured later.
     """
 
     task: MeasuredTask
@@ -64,7 +64,7 @@ class TaskRows:
 
 
 def check_suite(suite: Mapping[str, Dataset]) -> None:
-    """Refuses what cannot be measured on.
+    """Checks that there is something to measure on.
 
     Raises:
         FusionError: the suite has no tasks, or a task has no rows.
@@ -76,7 +76,7 @@ def check_suite(suite: Mapping[str, Dataset]) -> None:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuses two predictors of one name, of which one would take the other's scores.
+    """Checks that predictors have distinct names, since scores are stored by name.
 
     Raises:
         FusionError: naming them.
@@ -122,11 +122,11 @@ def predict_task(
     Under `accelerate launch` every process must call it: they share the batches, and each gets all predictions.
 
     Args:
-        predictors: what predicts.
+        predictors: with distinct names.
         data: the task's rows.
         batch_size: rows per step.
         before_batch: called before each batch, for what predictors share within one.
-        title: of the progress; by default it is not shown.
+        title: of the progress bar; without one no progress is shown.
 
     Returns:
         Name → predictions for the rows, in their order.
@@ -155,12 +155,12 @@ def _ordered(rows: list[tuple[int, Any, Any]]) -> Predictions:
 
 
 def run_batches(batches: Sequence[Given], run: Callable[[Given], Found], title: str = "") -> list[Found]:
-    """What becomes of each batch, in order; under `accelerate launch` the processes share them, and each gets all.
+    """Runs a function on each batch; under `accelerate launch` processes share the batches, and each gets all results.
 
     Args:
         batches: the same in every process.
-        run: a batch → what is kept of it, on the CPU.
-        title: of its progress; by default it is not shown.
+        run: a batch → its result, on the CPU.
+        title: of the progress bar; without one no progress is shown.
     """
     state = PartialState()
     indices = range(state.process_index, len(batches), state.num_processes)

@@ -28,7 +28,7 @@ class Predictions:
     references: Sequence[Any]
 
     def of_rows(self, indices: Sequence[int]) -> Predictions:
-        """Those of some rows."""
+        """The predictions for some of the rows."""
         return Predictions([self.predictions[row] for row in indices], [self.references[row] for row in indices])
 
 

@@ -144,7 +144,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Reads what `save` wrote, now or in an earlier form.
+        """Reads a file that `save` wrote, in the current or an earlier format.
 
         Raises:
             FusionError: it is not such a file.
@@ -153,7 +153,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], file: str = RESULTS_FILE) -> Results:
-        """From the content of such a file, which may have further keys.
+        """Makes results from the content of such a file, which may have further keys.
 
         Raises:
             FusionError: a key is missing, or a value is of another type.
@@ -165,8 +165,8 @@ class Results:
         """For printing: one row per predictor where rows are pooled, else one per task and mean.
 
         Args:
-            experts: the single experts, without intervals, instead of the other predictors; of these experts the other
-                table shows the best one on held-in tasks, or on held-out ones where there are no others.
+            experts: show the single experts, without intervals, instead of the other predictors. The other table shows
+                only the best of them on held-in tasks, or on held-out tasks if there are no held-in ones.
         """
         return self._by_predictor() if self.pooled else self._by_task(experts)
 

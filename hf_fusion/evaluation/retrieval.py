@@ -84,7 +84,7 @@ def _unit(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def texts_of(rows: Dataset) -> list[str]:
-    """What an input says: column ``prompt``, or ``text`` with its ``text_pair``.
+    """The text of each input: column ``prompt``, or ``text`` with its ``text_pair``.
 
     Raises:
         FusionError: for rows without text.

@@ -1,4 +1,4 @@
-"""Corrupted texts at five severities: how much of a model's accuracy is left when people type carelessly.
+"""Corrupted texts at five severities: for measuring a model's accuracy on carelessly typed text.
 
 The counterpart of `corruptions` for words. Severities are shares of the words (or characters) that are touched.
 """
@@ -33,7 +33,7 @@ def corrupt_text(text: str, name: str, severity: int, seed: int) -> str:
         text: any; words are separated by whitespace.
         name: one of `TEXT_CORRUPTIONS`.
         severity: 1 to 5.
-        seed: give every text its own.
+        seed: use a different one for every text.
 
     Raises:
         FusionError: no such corruption or severity.

@@ -70,7 +70,7 @@ def test_json_is_the_summary_and_quiet_the_path(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("where", [".", "report"])
 def test_a_report_among_the_cells_is_refused(run, where, capsys):
-    assert main(["bench", "report", str(run), "--output", str(run / where)]) == 1
+    assert main(["bench", "report", str(run), "--output", str(run / where)]) == 2
     assert "would be read as results" in capsys.readouterr().err
 
 
