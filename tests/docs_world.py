@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from huggingface_hub import HfApi
-from tiny import make_tokenizer
-from tiny_fused import bert_base, fine_tuned
 from tiny_routed import save_base, save_lora
+
+from hf_fusion.assets.weights import demo_weights
+from hf_fusion.demo.digit_tasks import BASE, TASKS, task_rows
+from hf_fusion.demo.digits import digit_expert
 
 if TYPE_CHECKING:
     from hf_fusion.server import HubServer
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 
 
@@ -27,56 +28,65 @@ def push(hub: HubServer, repo: str, folder: Path) -> None:
 
 
 def fill_hub(hub: HubServer, folder: Path) -> None:
-    """The repos that the guides name, under their ids, as tiny models: a base with three adapters, two of which have
-    gates, and a base with two fine-tunes.
+    """The repos that the guides name: a tiny model in place of SmolLM2 with three adapters, and those of the demos that
+    are small: a base with its fine-tunes, and classifiers.
     """
     base = save_base(folder / "smollm2")
     (base / "chat_template.jinja").write_text(TEMPLATE)
     push(hub, SMOLLM2, base)
-    for seed, (name, gates) in enumerate(
-        {"word-reversal": False, "word-sorting": True, "number-sorting": True}.items()
-    ):
-        push(hub, f"me/{name}", save_lora(folder / name, SMOLLM2, seed=seed, gates=gates))
-    encoder = bert_base()
-    for repo, model in {MINILM: encoder, "me/sst2": fine_tuned(encoder, 0), "me/trec": fine_tuned(encoder, 1)}.items():
-        saved = folder / repo.rpartition("/")[2]
-        model.save_pretrained(saved)
-        make_tokenizer().save_pretrained(saved)
-        made_of = "" if repo == MINILM else f"base_model: {MINILM}\n"
-        (saved / "README.md").write_text(f"---\n{made_of}license: apache-2.0\n---\n")
-        push(hub, repo, saved)
+    for seed, name in enumerate(("word-reversal", "word-sorting", "number-sorting")):
+        push(hub, f"demo/{name}", save_lora(folder / name, SMOLLM2, seed=seed))
+    for name in (BASE, *(f"{BASE}-{task}" for task in TASKS)):
+        push(hub, f"demo/{name}", demo_weights("vit_experts") / name)
+    for name in ("vit-mnist-low", "vit-tiny-digits"):
+        push(hub, f"demo/{name}", digit_expert(name))
 
 
-def chat_rows() -> Dataset:
-    """Rows of a language model: prompt and target."""
+def questions() -> Dataset:
+    """What `hf-fusion demo phatgoose` leaves: prompts, targets, and whose task they are."""
     words = [("a b", "b a"), ("x y z", "z y x"), ("one two", "two one"), ("up down", "down up")] * 4
-    return Dataset.from_dict({"prompt": [f"reverse {w}" for w, _ in words], "target": [t for _, t in words]})
+    tasks = ["word-sorting", "number-sorting"] * 8
+    return Dataset.from_dict(
+        {
+            "prompt": [f"reverse {w}" for w, _ in words],
+            "target": [t for _, t in words],
+            "task": tasks,
+            "expert": [f"demo/{task}" for task in tasks],
+        }
+    )
 
 
-def task_rows() -> Dataset:
-    """Rows of two classifiers: text, label and whose task it is."""
-    texts = ["a fine film", "what a bore", "how far is the moon", "who wrote it"] * 8
-    tasks = ["me/sst2", "me/sst2", "me/trec", "me/trec"] * 8
-    return Dataset.from_dict({"text": texts, "label": ["x", "y", "x", "y"] * 8, "task": tasks, "expert": tasks})
+def pictures() -> Dataset:
+    """What `hf-fusion demo wemoe` leaves to adapt to: pictures, and whose task they are."""
+    tasks = [task for task in TASKS for _ in range(32)]
+    images = [image for task in TASKS for image in task_rows(task, "adapt", 32)["image"]]
+    return Dataset.from_dict({"image": images, "task": tasks, "expert": [f"{BASE}-{task}" for task in tasks]})
 
 
-SORTERS = f"--experts me/word-sorting me/number-sorting --base {SMOLLM2}"
-ROUTER = f"hf-fusion fuse --method phatgoose {SORTERS} --output router"
-MANY_TASKS = f"hf-fusion fuse --method wemoe --experts me/sst2 me/trec --base {MINILM} --output many-tasks"
-MERGED = f"hf-fusion fuse --method linear {SORTERS} --output merged"
+def images() -> Dataset:
+    """What `hf-fusion demo` leaves: pictures of digits, and which."""
+    return task_rows("digit", "test", 200)
+
+
+QUESTIONS = {"demo/questions/test.parquet": questions}
+PICTURES = {f"demo/pictures/{split}.parquet": pictures for split in ("train", "test")}
+DATA = {f"demo/data/{split}.parquet": images for split in ("train", "test")}
+SORTERS = f"--experts demo/word-sorting demo/number-sorting --base {SMOLLM2}"
+FINE_TUNES = f"--experts demo/{BASE}-digit demo/{BASE}-turned --base demo/{BASE}"
 # page -> what a reader has done before it
 BEFORE = {
-    "docs/guides/measure.md": ("hf-fusion fuse --method ensemble --experts me/sst2 me/trec --output fused",),
-    "docs/guides/publish.md": (MERGED,),
-    "docs/guides/serve.md": (ROUTER, MANY_TASKS),
+    "docs/guides/serve.md": (
+        f"hf-fusion fuse --method phatgoose {SORTERS} --output router",
+        f"hf-fusion fuse --method wemoe {FINE_TUNES} --output many-tasks",
+    )
 }
 # page -> file that lies beside the reader -> its rows
 ROWS = {
-    "README.md": {"test.parquet": chat_rows},
-    "docs/guides/phatgoose.md": {"train.parquet": chat_rows},
-    "docs/guides/wemoe.md": {"rows.parquet": task_rows},
-    "docs/guides/foe.md": {"labelled.parquet": task_rows},
-    "docs/guides/measure.md": {"test.parquet": task_rows},
+    "README.md": QUESTIONS | PICTURES,
+    "docs/guides/wemoe.md": PICTURES,
+    "docs/guides/foe.md": DATA,
+    "docs/guides/measure.md": DATA,
+    "docs/guides/serve.md": PICTURES,
 }
 # page -> folders of models that lie beside the reader
 FOLDERS = {"docs/guides/embedded-hub.md": ("word-sorting",)}

@@ -76,6 +76,7 @@ def test_a_reader_types_a_page(page, port, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     for name, rows in ROWS.get(page, {}).items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
         rows().to_parquet(here / name)
     with HubServer(tmp_path / "hub") as hub:
         fill_hub(hub, tmp_path)

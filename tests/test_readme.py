@@ -72,7 +72,7 @@ def test_router_of_the_demo_experts_prints_its_documented_output(tmp_path):
     assert said[0] == shown[0]
     wanted = ast.literal_eval(shown[1])
     for name, share in ast.literal_eval(said[1]).items():  # greedy tokens are the same; shares are of rounded scores
-        assert share == pytest.approx(wanted[f"me/{name}"], abs=0.02), name
+        assert share == pytest.approx(wanted[f"demo/{name}"], abs=0.02), name
 
 
 def test_every_test_that_the_security_page_names_exists():
