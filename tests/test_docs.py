@@ -17,6 +17,7 @@ from docs_world import BEFORE, FOLDERS, ROWS, fill_hub
 
 import hf_fusion
 from hf_fusion.cli.app import build_parser
+from hf_fusion.hub.rejection_reasons import ReasonKind
 from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.server import HubServer
@@ -127,6 +128,11 @@ def test_every_error_described_is_raised():
     described = re.findall(r"^\| `… (.+?)` \|", PAGES["docs/reference/errors.md"], re.MULTILINE)
     assert len(described) >= 6
     assert [message for message in described if message not in source] == []
+
+
+def test_every_reason_to_reject_an_expert_is_described():
+    described = re.findall(r"^\| (`[a-z ]+`(?:, `[a-z ]+`)*) \|", PAGES["docs/guides/find.md"], re.MULTILINE)
+    assert sorted(re.findall(r"`(.+?)`", " ".join(described))) == sorted(kind.value for kind in ReasonKind)
 
 
 def test_every_page_is_in_the_navigation():
