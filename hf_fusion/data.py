@@ -28,9 +28,9 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     """One split of a data set.
 
     Args:
-        source: a parquet, csv or json file (read in full), a folder with one file per split (``train.parquet``,
+        source: a Parquet, CSV or JSON file (read in full), a folder with one file per split (``train.parquet``,
             ``test.parquet``) or anything else that `datasets` reads, or the id of a data set on the Hub.
-        split: of a folder or of a data set on the Hub.
+        split: which split of a folder or of a data set on the Hub.
 
     Returns:
         The rows. Reading a row whose image is invalid or too large raises a FusionError.
@@ -76,7 +76,9 @@ def _find_local(source: str | Path, split: str) -> Path | None:
         refuse_special(file)  # reading a pipe would block
     if path.is_file():
         if path.suffix not in READERS:
-            raise FusionError(f"{path} ends in {path.suffix!r}", f"convert it: {listed([*READERS])} are read")
+            raise FusionError(
+                f"{path} ends in {path.suffix!r}, which cannot be read", f"convert it: {listed([*READERS])} can be read"
+            )
         return path
     if path.is_dir():
         found = next((file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()), None)
@@ -86,7 +88,7 @@ def _find_local(source: str | Path, split: str) -> Path | None:
         return found or path
     if path.suffix in READERS or path.is_absolute():
         raise FusionError(
-            f"{path} does not exist", path_suggestion(path, "--data FILE, FOLDER or a data set's id on the Hub")
+            f"{path} does not exist", path_suggestion(path, "--data FILE, FOLDER or the id of a data set on the Hub")
         )
     return None
 
@@ -95,7 +97,7 @@ def read_columns(source: str | Path, split: str = "train") -> list[str] | None:
     """The columns of a data set, without reading all of it or importing `datasets`, which takes seconds.
 
     Returns:
-        Their names; None if only reading everything would tell: for data sets on the Hub and large JSON files.
+        Their names; None if only reading everything would show them: for data sets on the Hub and large JSON files.
 
     Raises:
         FusionError: see `load_rows`; or the file cannot be read.
@@ -105,7 +107,8 @@ def read_columns(source: str | Path, split: str = "train") -> list[str] | None:
         try:
             return _COLUMNS[READERS[path.suffix]](path)
         except (OSError, ValueError, StopIteration) as error:  # pyarrow's errors are ValueErrors too
-            raise FusionError(f"{path} cannot be read as {READERS[path.suffix]} ({one_line(error)})") from None
+            what = f"{path} cannot be read as {READERS[path.suffix]} ({one_line(error)})"
+            raise FusionError(what, "check its content") from None
     if path is None:
         return None
     if (path / _SAVED[0]).is_file():
@@ -189,11 +192,12 @@ def split_tasks(
     for task, task_rows in suite.items():
         named = sorted({name for name in task_rows[expert_column] if name})
         if len(named) > 1:
-            raise FusionError(f"rows of the task {task!r} name several experts: {', '.join(named)}")
+            what = f"rows of the task {task!r} name several experts: {', '.join(named)}"
+            raise FusionError(what, f"name one expert per task in the column {expert_column}")
         found = match_experts_by_name(named, experts)
         if named and not found:
             logger.warning(
-                "%s is the task of %s, which is not among the experts: it counts as held out", task, named[0]
+                "the task %s belongs to %s, which is not among the experts, so it counts as held out", task, named[0]
             )
         elif named:
             owners[task] = found[named[0]]

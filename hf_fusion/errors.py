@@ -171,12 +171,12 @@ def _visible(character: str) -> str:
 
 # errno -> reason and hint
 REFUSALS = {
-    errno.ENOSPC: ("the disk is full", "free some room"),
-    errno.EDQUOT: ("the disk quota is used up", "free some room"),
-    errno.EFBIG: ("no file may be that large there", "raise the limit"),
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EFBIG: ("the file is larger than the file system or the limit of this process allows", "raise the limit"),
     errno.EROFS: ("the disk is read-only", "make it writable"),
 }
-_FORBIDDEN = ("you may not write there", "look at its permissions")  # EACCES and EPERM, for reading and writing
+_FORBIDDEN = ("permission was denied", "check its permissions")  # EACCES and EPERM, for reading and writing
 # how libraries in Rust, and torch's writer, report errors of the system
 _IN_TEXT = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
@@ -202,7 +202,7 @@ def unwritable(path: str | Path, error: BaseException, instead: str = "choose an
     if number is None:
         reason_text = isinstance(error, OSError) and error.strerror
         return FusionError(
-            f"{one_line(path)} cannot be written ({reason_text or one_line(error)})", f"check it, or {instead}"
+            f"{one_line(path)} cannot be written ({reason_text or one_line(error)})", f"check the path, or {instead}"
         )
     reason, first = REFUSALS.get(number, _FORBIDDEN)
     return FusionError(

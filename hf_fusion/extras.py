@@ -70,8 +70,8 @@ def need(extra: str | None, what: str, wheels: Sequence[str] = ()) -> None:
 
     Args:
         extra: of this package, as in `pyproject.toml`.
-        what: needs it, such as "hf-fusion demo".
-        wheels: required as well, without their dependencies.
+        what: what needs the extra, such as "hf-fusion demo".
+        wheels: packages that are required as well, without their dependencies.
 
     Raises:
         MissingLibraryError: names all missing or outdated libraries, and the command that installs them.
@@ -132,8 +132,8 @@ def refuse_missing(error: BaseException, what: str, extra: str | None = None) ->
 
     Args:
         error: the caught error.
-        what: was attempted, by name.
-        extra: with the library, if known.
+        what: what was attempted, by name.
+        extra: the extra that includes the library, if known.
 
     Raises:
         MissingLibraryError: the error was caused by a library that is not installed.

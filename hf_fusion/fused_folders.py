@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_fusion.models.fused import FusedPreTrainedModel
     from hf_fusion.models.fused_config import FusedConfig
 
-_OTHER_RECIPE = f"put the {RECIPE_FILE} that it was made by into the folder"
+_OTHER_RECIPE = f"copy the {RECIPE_FILE} that the model was made from into the folder"
 
 
 def check_is_fused(folder: Path) -> None:
@@ -41,33 +41,33 @@ def check_is_fused(folder: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         ref = ModelRef.parse_repo(str(folder))
         is_id = ref.is_repo and "/" in ref.id
-        hint = f"fetch it: hf download {ref.repo} --local-dir DIR" if is_id else "check the path"
-        raise FusionError(f"There is no folder {name} ({one_line(error)}).", hint) from None
+        hint = f"download it: hf download {ref.repo} --local-dir DIR" if is_id else "check the path"
+        raise FusionError(f"there is no folder {name} ({one_line(error)})", hint) from None
     if not stat.S_ISDIR(kind):
-        raise FusionError(f"{name} is a file, not the folder of a fused model.", f"give the folder: {folder.parent}")
+        raise FusionError(f"{name} is a file, not the folder of a fused model", f"name the folder: {folder.parent}")
     try:
         files = {path.name: path for path in folder.iterdir()}
         odd = [file for file, path in files.items() if path.exists() and not (path.is_file() or path.is_dir())]
     except OSError as error:
-        raise FusionError(f"{name} cannot be read ({one_line(error)}).", "check its permissions") from None
+        raise FusionError(f"{name} cannot be read ({one_line(error)})", "check its permissions") from None
     if odd:
-        raise FusionError(f"{name}: {shown(odd[0])} is a pipe or a device, not a file.", "remove it from the folder")
+        raise FusionError(f"{name}: {shown(odd[0])} is a pipe or a device, not a file", "remove it from the folder")
     if not files:
-        raise FusionError(f"{name} is empty.", "save a fused model to it: hf-fusion fuse --help")
+        raise FusionError(f"{name} is empty", "save a fused model to it: hf-fusion fuse --help")
     if "config.json" in files or {"adapter_config.json", RECIPE_FILE} <= files.keys():
         return
     if "adapter_config.json" in files:
         raise FusionError(
-            f"{name} holds a LoRA adapter, not a fused model.",
+            f"{name} contains a LoRA adapter, not a fused model",
             f"fuse it with others: hf-fusion fuse --method phatgoose --experts {folder} … --output DIR; "
             "or load it alone: hf_fusion.load_experts",
         )
     if RECIPE_FILE in files:
         raise FusionError(
-            f"{name} holds a recipe without its model: config.json is missing.",
+            f"{name} contains a recipe, but not its model: config.json is missing",
             f"make the model: hf-fusion fuse {folder / RECIPE_FILE} --output DIR",
         )
-    raise FusionError(f"{name} holds no model: config.json is missing.", "fetch it again, or make it again")
+    raise FusionError(f"{name} contains no model: config.json is missing", "download the model again, or make it again")
 
 
 def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[PreTrainedModel]:
@@ -83,24 +83,25 @@ def family_class(folder: Path, config: dict[str, Any], recipe: Recipe) -> type[P
     """
     if recipe.method not in METHODS:
         known = [*METHODS, *MERGE_METHODS]
-        hint = f"{suggestion(recipe.method, known, METHODS_LISTING)} (of a newer hf_fusion: pip install -U hf_fusion)"
-        raise FusionError(f"{folder} was made by the unknown method {shown(recipe.method)}.", hint)
+        close = suggestion(recipe.method, known, METHODS_LISTING)
+        hint = f"{close}; if a newer hf_fusion made the model: pip install -U hf_fusion"
+        raise FusionError(f"{folder} was made by the unknown method {shown(recipe.method)}", hint)
     family = family_of(recipe.method)
     if config.get("model_type") != family.name:
-        what = f"{RECIPE_FILE} says {recipe.method}, config.json {shown(config.get('model_type'))}"
-        raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
+        what = f"{RECIPE_FILE} says {recipe.method}, but config.json says {shown(config.get('model_type'))}"
+        raise FusionError(f"{folder}: {what}; they belong to different models", _OTHER_RECIPE)
     name, classes = next(iter(architectures(config)), ""), family.classes()
     for found in (classes.model, classes.generation):
         if found.__name__ == name:
             return found
-    raise FusionError(f"{folder}: config.json: architectures names no class of {family.name}: {shown(name)}.")
+    raise FusionError(f"{folder}: architectures in config.json is {shown(name)}, which is not a class of {family.name}")
 
 
 def refuse_other_recipe(folder: Path, recipe: Recipe, config: FusedConfig) -> None:
     """Raises if recipe and config differ in their number of experts."""
     if len(recipe.experts) != config.num_experts:
-        what = f"{RECIPE_FILE} names {len(recipe.experts)} experts, config.json {config.num_experts}"
-        raise FusionError(f"{folder}: {what}: they are not of one model.", _OTHER_RECIPE)
+        what = f"{RECIPE_FILE} names {len(recipe.experts)} experts, but config.json names {config.num_experts}"
+        raise FusionError(f"{folder}: {what}; they belong to different models", _OTHER_RECIPE)
 
 
 def read_processor(folder: Path, model: FusedPreTrainedModel, agreed: bool) -> None:
@@ -129,11 +130,17 @@ def explain_load_errors(folder: Path) -> Iterator[None]:
         if not is_fault(error):
             raise
         if isinstance(error, ImportError):
-            raise MissingLibraryError(f"{folder} needs a library: {one_line(error)}", "install it") from error
+            raise MissingLibraryError(
+                f"{folder} needs a library that cannot be imported: {one_line(error)}", "install the library"
+            ) from error
         text = one_line(error)
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
         is_newer = any(isinstance(each, NewerFormatError) for each in _causes(error))  # its message has the next step
-        hint = None if is_newer else f"fetch it again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
+        hint = (
+            None
+            if is_newer
+            else f"download the model again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
+        )
         raise FusionError(reason if str(folder) in reason else f"{folder} cannot be loaded: {reason}", hint) from error
 
 

@@ -58,7 +58,7 @@ def _load_for_phatgoose(
             return replace(expert, gates=arrow_prototypes(expert))
         gates = read_gates(where, expert.name, expert.adapter, expert.model)
         if gates is None:
-            raise ValueError(f"{where} holds no gates for {expert.name}: write them there with hf_fusion.save_gates")
+            raise ValueError(f"{where} contains no gates for {expert.name}: write them there with hf_fusion.save_gates")
         return replace(expert, gates=gates)
 
     return [stand_in(expert) for expert in loaded]

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     BaseLike: TypeAlias = str | Path | PreTrainedModel
 
 
-# what type checkers make of each family's methods
+# what each family's methods return, for type checkers
 @overload
 def fuse(
     method: Literal["foe", "ensemble"], experts: Sequence[ExpertLike], base: BaseLike | None = None, **options: Any
@@ -91,7 +91,7 @@ def fuse(
         experts: as `load_experts` takes them; for static methods also `RecipeExpert`, with parameters per expert.
         base: the adapters' base, if not the recorded one; for methods that merge full fine-tunes, their base.
         task: pipeline tag that selects the experts' model class.
-        dtype: of the weights; default: that of the checkpoints.
+        dtype: dtype of the weights; default: that of the checkpoints.
         allow_pickle: see `load_experts`.
         trust_remote_code: see `load_experts`.
         api: the Hub's client.
@@ -108,8 +108,8 @@ def fuse(
     if method in MERGE_METHODS:
         if task or allow_pickle:
             raise FusionError(
-                f"{method} merges the tensors of safetensors files, whatever their task",
-                f"leave {'task' if task else 'allow_pickle'} out",
+                f"{method} merges tensors of safetensors files, without {'task' if task else 'allow_pickle'}",
+                f"omit {'task' if task else 'allow_pickle'}",
             )
         return fuse_static(
             method, experts, base, dtype=dtype, trust_remote_code=trust_remote_code, api=api, **parameters
@@ -165,7 +165,7 @@ def fuse_recipe(
     method = family_method(recipe.method, parameters)
     weights = [expert.weight for expert in recipe.experts if expert.weight is not None]
     if weights and not method.takes_weights:
-        raise FusionError(f"Method {recipe.method} does not take weights.", hint="leave weight: out of the recipe")
+        raise FusionError(f"method {recipe.method} does not take weights", hint="remove weight: from the recipe")
     if weights:
         parameters["weights"] = weights
     return fuse(
@@ -235,8 +235,8 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
         The model, in evaluation mode, and its recipe.
 
     Raises:
-        FusionError: the folder has no fused model, a damaged one (names the file, the field or tensor, and the next
-            step), or one that needs custom code which may not run.
+        FusionError: the folder contains no fused model, a damaged one (the error names the file, the field or tensor,
+            and the next step), or one that needs custom code that may not run.
     """
     folder = Path(folder)
     with explain_load_errors(folder):
@@ -264,7 +264,7 @@ def load_fused(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[
 def _loadable(method: str, given: ExpertLike | RecipeExpert) -> ExpertLike:
     if isinstance(given, RecipeExpert):
         raise FusionError(
-            f"{method} loads its experts: {given.model} is a RecipeExpert", "pass its model, and weights="
+            f"{method} does not take a RecipeExpert, as for {given.model}", "pass the name of its model, and weights="
         )
     return given
 

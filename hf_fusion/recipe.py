@@ -52,7 +52,7 @@ def is_span(layers: tuple[int, int]) -> bool:
 
 
 ModelName = Annotated[str, Expected("owner/name@sha, or a folder", _is_name)]
-Layers = Annotated[tuple[int, int], Expected("[first, behind the last]", is_span)]
+Layers = Annotated[tuple[int, int], Expected("[first layer, layer after the last]", is_span)]
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ class Slice:
     """
 
     sources: Annotated[
-        tuple[SliceSource, ...], Expected("a list of {model: …, layers: [first, behind the last]}", bool)
+        tuple[SliceSource, ...], Expected("a list of {model: …, layers: [first layer, layer after the last]}", bool)
     ]
     parameters: Settings = field(default_factory=dict)
 
     def check(self, where: KeyPath) -> None:
         """Raises a `FusionError` where its sources give unlike numbers of layers."""
         if len({source.stop - source.start for source in self.sources}) > 1:
-            raise FusionError(f"{where} takes unlike numbers of layers from its sources")
+            raise FusionError(f"{where} takes different numbers of layers from its sources")
 
     @property
     def layers(self) -> int:
@@ -263,10 +263,12 @@ class Recipe:
             FusionError: naming the file, the key and the reason.
         """
         if isinstance(content, Mapping) and "merge_method" in content:
-            raise FusionError(f"{name} is a recipe of mergekit's.", hint=f"hf_fusion.load_recipe({name!r}) reads it")
+            raise FusionError(f"{name} is a mergekit recipe", hint=f"read it with hf_fusion.load_recipe({name!r})")
         recipe = read_class(cls, content, KeyPath(name))
         if 0 < sum(expert.weight is not None for expert in recipe.experts) < len(recipe.experts):
-            raise FusionError(f"{name}: experts have weights only partly", "give one to each or to none")
+            raise FusionError(
+                f"{name}: only some of the experts have a weight", "give each expert a weight, or none of them"
+            )
         for index, slice_ in enumerate(recipe.slices):
             slice_.check(KeyPath(name, f"slices[{index}]"))
         return recipe

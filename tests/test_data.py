@@ -83,7 +83,7 @@ def test_rows_are_split_by_task_and_expert(caplog):
     with pytest.raises(FusionError, match="'sums' name several experts: adder, me/adder"):
         split_tasks(rows, ["me/adder", "me/speller"])
     assert split_tasks(rows.select([1]), ["me/adder"])[1] == {}  # of somebody who is not here
-    assert "words is the task of speller, which is not among the experts" in caplog.text
+    assert "the task words belongs to speller, which is not among the experts" in caplog.text
     suite, owners = split_tasks(rows.select_columns("prompt"), ["me/adder"])
     assert (list(suite), len(suite["all"]), owners) == (["all"], 4, {})
 

@@ -70,10 +70,10 @@ def test_method_has_the_family_and_options_of_its_row(name):
 
 
 def test_methods_and_options_that_are_not_there_are_named():
-    with pytest.raises(FusionError, match="There is no method 'phatgose'") as raised:
+    with pytest.raises(FusionError, match="there is no method 'phatgose'") as raised:
         family_method("phatgose", {})
     assert "phatgoose" in str(raised.value.hint)
-    with pytest.raises(FusionError, match="Method wemoe has no parameter 'scalling'") as raised:
+    with pytest.raises(FusionError, match="method wemoe has no parameter 'scalling'") as raised:
         family_method("wemoe", {"scalling": 1})
     assert "scaling" in str(raised.value.hint)
 

@@ -216,9 +216,11 @@ def _split_readme(text: str) -> tuple[dict[str, Any], str]:
     try:
         head = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
-        raise FusionError(f"The metadata of {README} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise FusionError(
+            f"the metadata of {README} is not valid YAML: {' '.join(str(error).split())}", "correct it"
+        ) from None
     if not isinstance(head, dict):
-        raise FusionError(f"The metadata of {README} is not a mapping.")
+        raise FusionError(f"the metadata of {README} is not a mapping of names to values", "correct it")
     return head, text[match.end() :].strip()
 
 
@@ -231,8 +233,8 @@ def _insert_between_markers(body: str, rendered: str) -> str:
         return f"{block}\n\n{body}\n" if body else f"{block}\n"
     if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
         raise FusionError(
-            f"{README} has {len(begins)} begin and {len(ends)} end markers.",
-            hint=f"leave one {BEGIN} and, after it, one {END}, or neither",
+            f"{README} has {len(begins)} begin and {len(ends)} end markers instead of one each",
+            hint=f"keep one {BEGIN} and, after it, one {END}, or remove all of them",
         )
     before, after = body[: begins[0]].strip(), body[ends[0] :].strip()
     return "\n\n".join(part for part in (before, block, after) if part) + "\n"

@@ -182,7 +182,7 @@ def card_contents(family: str) -> CardContents:
     if family == MERGE:
         return MERGE_CONTENTS
     if family not in CONTENTS:
-        raise FusionError(f"There is no card template for model_type {family!r}.")
+        raise FusionError(f"there is no card template for the model_type {family!r}")
     return CONTENTS[family]
 
 
@@ -206,9 +206,9 @@ def _read_results(results: Results | Mapping[str, Any] | None, folder: Path, fam
     by_task = family not in FAMILIES or FAMILIES[family].by_task
     if results.pooled == by_task:
         raise FusionError(
-            f"The results are not those of a model of the family {family}, which is evaluated "
-            f"{'task by task' if by_task else 'on one data set'}.",
-            hint="hf-fusion eval writes them",
+            f"the results are not those of a model of the family {family}, which is evaluated "
+            f"{'task by task' if by_task else 'on one data set'}",
+            hint="pass results that hf-fusion eval wrote for this model",
         )
     return asdict(results)
 

@@ -56,7 +56,7 @@ def usage_code(card: str) -> str:
     """
     match = re.search(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
     if match is None:
-        raise FusionError("The card has no usage block.")
+        raise FusionError("the card has no usage block")
     return match[1]
 
 
@@ -96,7 +96,7 @@ def _script(
 
 def _call_of(calls: Mapping[str, ModelCall], auto_class: str) -> ModelCall:
     if auto_class not in calls:
-        raise FusionError(f"Usage code for {auto_class} is not supported.")
+        raise FusionError(f"usage code for {auto_class} is not supported")
     return calls[auto_class]
 
 

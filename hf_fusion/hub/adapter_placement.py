@@ -35,8 +35,8 @@ def match_parameters(
         lora: module path in the adapter -> (d_in, d_out).
         saved: names of the parameters that it saves in full.
         base: the model.
-        model_class: that the adapter was trained on, if known.
-        stored: further names that count as the base's: of stored tensors that it stacks when loading.
+        model_class: the class that the adapter was trained on, if known.
+        stored: further names that count as the base's: those of stored tensors that it stacks when loading.
 
     Returns:
         The base's name for each ``PATH.weight`` and each saved parameter; the adapter's names if it matches no
@@ -216,10 +216,10 @@ def place_in_files(
             return PlacedAdapter(rename_adapter(adapter, moved), same, dict(config))
         return _under_its_head(adapter, found, model, loaded, config, called, base, labels)
     verb, path = ("saves", absent) if absent in adapter.saved else ("adapts", absent.removesuffix(".weight"))
-    reason = f": it was trained on a {trained}" if trained and trained != class_name else ""
+    reason = f"; the adapter was trained on a {trained}" if trained and trained != class_name else ""
     raise FusionError(
         f"{called} {verb} {path}, which {base}{f' ({class_name})' if class_name else ''} does not have{reason}",
-        "name the base that it was made from: base: owner/name, or owner/base+owner/adapter",
+        "name the base that the adapter was trained on: base: owner/name, or owner/base+owner/adapter",
     )
 
 
@@ -237,8 +237,8 @@ def refuse_sizes(placed: PlacedAdapter, shapes: Mapping[str, tuple[int, ...]], c
         update = (b.shape[0], a.shape[1])
         if name and tuple(shapes[name]) not in (update, update[::-1]):
             raise FusionError(
-                f"{called}: {path} is {list(shapes[name])} in {base}, the update is {list(update)}",
-                "name the base that it was made from: base: owner/name, or owner/base+owner/adapter",
+                f"{called}: {path} has shape {list(shapes[name])} in {base}, but the update has {list(update)}",
+                "name the base that the adapter was trained on: base: owner/name, or owner/base+owner/adapter",
             )
 
 
@@ -259,8 +259,8 @@ def _under_its_head(
     unfilled = [name for name in parameter_names(model) if name not in filled and name not in tied]
     if absent := [name for name in unfilled if name not in found.values()]:
         raise FusionError(
-            f"{called} was trained on a {type(model).__name__}, whose {absent[0]} is neither in it nor in {base}",
-            "name a base that has it: base: owner/name",
+            f"{called} was trained on a {type(model).__name__}, whose {absent[0]} is in neither the adapter nor {base}",
+            "name a base that has this tensor: base: owner/name",
         )
     prefix = f"{model.base_model_prefix}."
     names = {}

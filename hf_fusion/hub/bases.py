@@ -51,7 +51,7 @@ def warn_of_other_bases(adapters: Iterable[tuple[Source, ModelRef]]) -> None:
         others.setdefault((has, base), []).append(adapter.name)
     for (has, used), names in others.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        logger.warning("%s", printable(f"{shown}: recorded base {has}, used base {used}"))
+        logger.warning("%s", printable(f"{shown}: the recorded base is {has}, but {used} is used"))
 
 
 def _is_same(recorded: str, used: str) -> bool:

@@ -29,9 +29,9 @@ MOST_PARTS = 100_000
 MOST_BYTES = 200_000_000
 """Bytes of tensors outside of the meta device that are computed while a model is built."""
 MOST_OBJECTS = 3_000_000
-"""Blocks that Python may allocate meanwhile, of 50 to 100 bytes each."""
+"""Blocks of 50 to 100 bytes each that Python may allocate while a model is built."""
 MOST_SECONDS = 2.0
-"""CPU time of the building thread; a Llama of 405B parameters takes a third of it."""
+"""Seconds of CPU time for the building thread; a Llama of 405B parameters takes a third of them."""
 _INTERVAL = 0.02  # seconds between checks
 
 
@@ -43,7 +43,7 @@ class TooMuchError(FusionError):
     """
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"what config.json describes takes {what}: no such model is known")
+        super().__init__(f"building the model of config.json takes {what}, which no known model needs")
 
 
 class _StopError(BaseException):

@@ -34,8 +34,8 @@ def hub_api(api: HfApi | None) -> HfApi:
 _HINTS = {
     401: "hf auth login, or set HF_TOKEN",
     403: "hf auth login with a token that may write there",
-    412: "it has changed since it was read: run it again",
-    507: "free some room on the Hub's disk, and run it again",
+    412: "the repo has changed since it was read: run the command again",
+    507: "free some space on the Hub's disk, and run the command again",
 }
 
 
@@ -52,8 +52,8 @@ def explain_hub_errors(name: str, api: HfApi | None = None) -> Iterator[None]:
 
     # subclasses before their base classes
     rows: tuple[tuple[type[Exception], str, str | None], ...] = (
-        (errors.GatedRepoError, "is gated", "accept its terms on its page, then `hf auth login`"),
-        (errors.RepositoryNotFoundError, "was not found", "check the id; a private repo needs `hf auth login`"),
+        (errors.GatedRepoError, "is gated", "accept the terms on its page on the Hub, then: hf auth login"),
+        (errors.RepositoryNotFoundError, "was not found", "check the id; a private repo needs: hf auth login"),
         (errors.RevisionNotFoundError, "has no such revision", "check the part after @"),
         (errors.EntryNotFoundError, "lacks a file", None),
         (errors.LocalTokenNotFoundError, "needs a token", "hf auth login, or set HF_TOKEN"),
@@ -79,7 +79,7 @@ def explain_hub_errors(name: str, api: HfApi | None = None) -> Iterator[None]:
         is_missing &= not isinstance(error, errors.GatedRepoError)
         if is_missing and api is not None and (close := near_ids(name, api)):
             hint = f"{suggestion(close[0], close)} Or {hint}"
-        raise FusionError(f"{name} {what} ({first_line(error).rstrip('.')}).", hint=hint) from error
+        raise FusionError(f"{name} {what} ({first_line(error).rstrip('.')})", hint=hint) from error
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int = READERS, name: str = "") -> list[R]:

@@ -21,7 +21,7 @@ def check_commit(name: str, revision: str | None, found: object) -> str:
 
     Args:
         name: repo id, for errors.
-        revision: that was requested; None for the newest commit of the main branch.
+        revision: the requested revision; None for the newest commit of the main branch.
         found: the Hub's response.
 
     Raises:
@@ -29,10 +29,10 @@ def check_commit(name: str, revision: str | None, found: object) -> str:
     """
     requested = as_commit(revision)
     if not isinstance(found, str) or not SHA.fullmatch(found):
-        raise FusionError(f"{name}: the Hub returned {shown(found)} instead of a commit.", hint="check HF_ENDPOINT")
+        raise FusionError(f"{name}: the Hub returned {shown(found)} instead of a commit", hint="check HF_ENDPOINT")
     if requested and found != requested:
         raise FusionError(
-            f"{name}: the Hub returned commit {found} for {requested}.",
+            f"{name}: the Hub returned commit {found} instead of {requested}",
             hint="a branch or tag may have that commit as its name: check the repo and HF_ENDPOINT",
         )
     return found

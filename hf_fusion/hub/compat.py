@@ -230,7 +230,7 @@ def _check_same_class(info: ExpertInfo, accepted: Sequence[ExpertInfo]) -> tuple
     first = next((other for other in accepted if not other.is_adapter), None)
     if info.is_adapter or first is None or info.architecture == first.architecture:
         return ()
-    return (Reason(ReasonKind.ARCHITECTURE, f"is a {info.architecture}, {first.id} a {first.architecture}"),)
+    return (Reason(ReasonKind.ARCHITECTURE, f"is a {info.architecture}, but {first.id} is a {first.architecture}"),)
 
 
 def _base_of(evidence: Evidence, criteria: Criteria) -> ModelRef | None:
@@ -296,7 +296,7 @@ def _find_reasons(
 
 def _check_pickle(case: Case) -> Iterator[Reason]:
     if not case.shapes and not case.criteria.allow_pickle:
-        yield Reason(ReasonKind.PICKLE, "has only pickle weights", "allow_pickle=True, if you trust its author")
+        yield Reason(ReasonKind.PICKLE, "has only pickle weights", "if you trust its author: allow_pickle=True")
 
 
 def _check_code(case: Case) -> Iterator[Reason]:
@@ -308,7 +308,7 @@ def _check_code(case: Case) -> Iterator[Reason]:
         refuse_kernels(source.config, source.name)
         refuse_code(source, needed, agreed=case.criteria.trust_remote_code, pinned=True)  # as loaded: info.pinned
     except FusionError as error:
-        yield Reason(ReasonKind.CUSTOM_CODE, error.message.removeprefix(f"{source.name} ").rstrip("."), error.hint)
+        yield Reason(ReasonKind.CUSTOM_CODE, error.message.removeprefix(f"{source.name} "), error.hint)
 
 
 def _brings_code(source: Source) -> bool:
@@ -343,7 +343,9 @@ def _check_license(case: Case) -> Iterator[Reason]:
 
 def _check_task(case: Case) -> Iterator[Reason]:
     if case.head is None and not case.needs_code:
-        yield Reason(ReasonKind.ARCHITECTURE, f"no model class for {case.info.architecture or 'it'} is known")
+        named = case.info.architecture
+        detail = f"no model class is known for {named}" if named else "names no architecture"
+        yield Reason(ReasonKind.ARCHITECTURE, detail)
     elif case.criteria.task and case.head and case.head is not head_of_task(case.criteria.task):
         found = case.info.architecture or case.head.tasks[0]
         yield Reason(ReasonKind.ARCHITECTURE, f"{found} does not support {case.criteria.task}")
@@ -353,7 +355,7 @@ def _check_base(case: Case) -> Iterator[Reason]:
     wanted, recorded = case.criteria.base_model, case.info.base_model
     is_unknown = case.info.is_adapter and _recorded(case.source) is None  # then its shapes are checked
     if wanted and recorded != wanted and not is_unknown:
-        remedy = f"to use that base anyway: fuse with base={wanted}" if case.info.is_adapter else None
+        remedy = f"to use {wanted} anyway: fuse with base={wanted}" if case.info.is_adapter else None
         yield Reason(ReasonKind.BASE, f"was made from {recorded or 'an unknown base'}, not {wanted}", remedy)
         return
     commit, found = case.criteria.base_revision, case.info.base_revision
@@ -362,9 +364,14 @@ def _check_base(case: Case) -> Iterator[Reason]:
     if not case.info.is_adapter and not case.criteria.merging:
         return
     if case.base is None and not case.info.is_adapter:
-        yield Reason(ReasonKind.BASE, "is a full model", "base_model=, what it was fine-tuned from")
+        yield Reason(
+            ReasonKind.BASE,
+            "is a full model of unknown base",
+            "pass base_model=, the model that it was fine-tuned from",
+        )
     elif case.base is None:
-        yield Reason(ReasonKind.BASE, f"records {recorded or 'nothing'!r} as its base", "base=owner/name")
+        detail = f"records the base {recorded!r}, which is not a repo" if recorded else "records no base"
+        yield Reason(ReasonKind.BASE, detail, "pass base=owner/name")
     elif case.base.unreadable is not None:
         yield Reason(ReasonKind.BASE, f"its base: {case.base.unreadable.detail}", case.base.unreadable.remedy)
 
@@ -380,16 +387,16 @@ def _check_labels(case: Case) -> Iterator[Reason]:
         return
     names = label_names(case.source.config)
     if not names:
-        yield Reason(ReasonKind.LABELS, "names no labels", "id2label in its config.json")
+        yield Reason(ReasonKind.LABELS, "names no labels", "add id2label to its config.json")
     elif other := [name for name in names if normalise_label(name) not in case.criteria.labels]:
         shown = ", ".join(other[:5]) + (", …" if len(other) > 5 else "")
-        yield Reason(ReasonKind.LABELS, f"has other labels: {shown}", "a label map, or leave it out")
+        yield Reason(ReasonKind.LABELS, f"has other labels: {shown}", "pass a label map, or leave the expert out")
 
 
 def _check_tokenizer(case: Case) -> Iterator[Reason]:
     base = case.base.source if case.base else None
     if not has_processor(case.source.sizes) and not (base and has_processor(base.sizes)) and not case.info.base_model:
-        yield Reason(ReasonKind.TOKENIZER, "has no tokenizer or image processor, nor does its base")
+        yield Reason(ReasonKind.TOKENIZER, "has no tokenizer or image processor, and its base has none either")
 
 
 def _check_shapes(case: Case) -> Iterator[Reason]:
@@ -460,8 +467,8 @@ def _adapter_shapes(case: Case, head: Head) -> list[str]:
     unfilled = sorted(result.missing - set(saved))
     return [
         *shape_problems(lora, saved, result.model),
-        *(f"in its base {line}" for line in result.mismatched),
-        *(f"{key} is neither in it nor in its base" for key in unfilled),
+        *(f"in its base, {line}" for line in result.mismatched),
+        *(f"{key} is in neither the adapter nor its base" for key in unfilled),
     ]
 
 

@@ -94,8 +94,8 @@ def discover(
         base_model: only experts of this base. Untagged adapters are then searched for among the repos that the Hub
             links to the base, and among all repos of ``author``.
         task: only experts with this pipeline tag, such as "text-classification".
-        collection: the models of a collection, by its slug ``owner/title-id``.
-        ids: these repos, each ``owner/name`` or ``owner/name@revision``.
+        collection: only the models in a collection, by its slug ``owner/title-id``.
+        ids: only these repos, each ``owner/name`` or ``owner/name@revision``.
         limit: maximum number of experts.
         api: the Hub's client; default honours ``HF_ENDPOINT`` and the stored token.
 
@@ -107,7 +107,7 @@ def discover(
     """
     api = hub_api(api)
     if not (tags or author or base_model or collection or ids):
-        raise FusionError("Nothing narrows the search.", hint="pass tags=, author=, base_model=, collection= or ids=")
+        raise FusionError("nothing narrows the search", hint="pass tags=, author=, base_model=, collection= or ids=")
 
     def wanted(info: ExpertInfo) -> bool:
         return (
@@ -138,7 +138,7 @@ def discover(
 
 def _list_collection(slug: str, api: HfApi) -> list[str]:
     """Ids of the models in a collection."""
-    with explain_hub_errors(f"Collection {slug}"):
+    with explain_hub_errors(f"collection {slug}"):
         return [item.item_id for item in api.get_collection(slug).items if item.item_type == "model"]
 
 
@@ -168,7 +168,7 @@ def _search(api: HfApi, holding: str | None = None, **filters: Any) -> Iterator[
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     filters["sort"] = "downloads"
-    with explain_hub_errors("The Hub"):
+    with explain_hub_errors("the Hub"):
         try:
             for info in api.list_models(expand=[*DESCRIBED, "cardData"], **filters):
                 if _holds(info, holding):
@@ -190,7 +190,7 @@ def _read_repo(name: ModelRef | str, api: HfApi) -> Source | None:
     try:
         return resolve_repo(name, api)
     except FusionError as error:
-        logger.warning("Left out: %s", error)
+        logger.warning("a repo was left out: %s", error)
         return None
 
 

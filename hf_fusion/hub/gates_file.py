@@ -43,8 +43,8 @@ def refuse_gates(folder: Path, overwrite: bool) -> None:
     """
     if not overwrite and (folder / GATES_FILE).exists():
         raise FusionError(
-            f"{folder} holds gates already: {GATES_FILE}.",
-            "choose another --output, or replace them: --overwrite (overwrite=True in Python)",
+            f"{folder} already contains gates: {GATES_FILE}",
+            "choose another folder (--output), or replace them: --overwrite (overwrite=True in Python)",
         )
 
 
@@ -63,15 +63,15 @@ def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> 
         The path of the file.
 
     Raises:
-        FusionError: there are no gates, a gate has NaN or Inf, or the folder contains gates already.
+        FusionError: there are no gates, a gate has NaN or Inf, or the folder already contains gates.
     """
     from safetensors.torch import save_file
 
     if not gates.vectors:
-        raise FusionError("There are no gates to save.")
+        raise FusionError("there are no gates to save")
     for path, vector in gates.vectors.items():
         if vector.dim() != 1 or not vector.isfinite().all():
-            raise FusionError(f"The gate of {path} is not a vector of finite numbers.", hint="train the gates again")
+            raise FusionError(f"the gate of {path} is not a vector of finite numbers", hint="train the gates again")
     folder = Path(folder)
     refuse_gates(folder, overwrite)
     target = folder / GATES_FILE
@@ -97,9 +97,9 @@ def read_gates(folder: str | Path, name: str, adapter: Adapter, base: torch.nn.M
     """Reads the gates in an adapter's folder; shapes are checked before any tensor is read.
 
     Args:
-        folder: the adapter's.
-        name: of the adapter, for errors.
-        adapter: the gates must match its modules.
+        folder: the adapter's folder.
+        name: the adapter's name, for errors.
+        adapter: the adapter, whose modules the gates must match.
         base: its base model.
 
     Returns:
@@ -121,15 +121,19 @@ def parse_gates(file: Path, name: str, sizes: Mapping[str, int]) -> Gates:
             metadata = tensors.metadata() or {}
             shapes = {path: tuple(tensors.get_slice(path).get_shape()) for path in tensors.keys()}  # noqa: SIM118
             if problem := gate_problem(shapes, sizes):
-                raise FusionError(f"{name}: {GATES_FILE} {problem}.", hint=f"hf-fusion fit gates {name} --data …")
+                raise FusionError(f"{name}: {GATES_FILE} {problem}", hint=_train_again(name))
             vectors = {path: tensors.get_tensor(path).float() for path in sizes}
     except (SafetensorError, OSError) as error:
-        raise FusionError(f"{name}: {GATES_FILE} cannot be read ({error}).") from None
+        raise FusionError(f"{name}: {GATES_FILE} cannot be read ({error})", hint=_train_again(name)) from None
     for path, vector in vectors.items():
         if not vector.isfinite().all():
-            raise FusionError(f"{name} has NaN or Inf in the gate of {path}.")
+            raise FusionError(f"{name} has NaN or Inf in the gate of {path}", hint=_train_again(name))
     kind = metadata.get("kind", "")
     return Gates(vectors, kind if kind in KINDS else "trained", _offsets(metadata, name, sizes), _facts(metadata))
+
+
+def _train_again(name: str) -> str:
+    return f"train the gates again: hf-fusion fit gates {name} --data …"
 
 
 def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], also: Collection[str] = ()) -> str:
@@ -159,7 +163,7 @@ def _offsets(metadata: Mapping[str, str], name: str, sizes: Mapping[str, int]) -
     except (ValueError, TypeError, AttributeError):
         offsets = {}
     if not sizes.keys() <= offsets.keys() or not all(map(math.isfinite, offsets.values())):
-        raise FusionError(f"{name}: {GATES_FILE} does not give each gate a finite offset.")
+        raise FusionError(f"{name}: {GATES_FILE} does not give each gate a finite offset", hint=_train_again(name))
     return {path: offsets[path] for path in sizes}
 
 

@@ -143,7 +143,7 @@ def _by_labels(head: str, members: list[ExpertInfo]) -> list[Group]:
     if head in _GENERATES:
         return [_group(head, members, selection)]
     if head not in _CLASSIFIES:
-        return [_group(head, members, None, "a FoE has no such head")]
+        return [_group(head, members, None, "a FoE does not support this head")]
     scores = [info for info in members if len(info.labels) == 1]
     unnamed = [i for i in members if i not in scores and (not i.labels or any(map(_UNNAMED.fullmatch, i.labels)))]
     named = [info for info in members if info not in scores and info not in unnamed]
@@ -155,7 +155,7 @@ def _by_labels(head: str, members: list[ExpertInfo]) -> list[Group]:
     if scores:
         groups.append(_group(head, scores, foe))
     if unnamed:
-        groups.append(_group(head, unnamed, None, "labels without names: --set label_maps={…}"))
+        groups.append(_group(head, unnamed, None, "the labels have no names: pass --set label_maps={…}"))
     return groups
 
 
@@ -191,7 +191,7 @@ def _by_base(head: str, members: list[ExpertInfo], method: str, base_model: str 
         options: tuple[str, ...] = ("--method", method)
         if whole and (METHODS[method].takes_base or recorded != {whole}):
             options = (*options, "--base", whole)
-        groups.append(_group(head, own, options if whole else None, "" if whole else "their base is not known"))
+        groups.append(_group(head, own, options if whole else None, "" if whole else "the base is not known"))
     return groups
 
 
@@ -225,7 +225,7 @@ def group_rows(groups: Sequence[Group], most: int = 6) -> list[dict[str, Any]]:
             "base": group.base or "",
             "labels": ", ".join(group.labels[:most])
             + (f", … ({len(group.labels)})" if len(group.labels) > most else ""),
-            "fused by": " ".join(group.options) if group.command and group.options else group.why_not,
+            "fuse with": " ".join(group.options) if group.command and group.options else group.why_not,
         }
         for number, group in enumerate(groups, 1)
     ]

@@ -135,19 +135,22 @@ def native_config(config: Mapping[str, Any], name: str, tensors: int) -> PreTrai
 
     Args:
         config: content of ``config.json``.
-        name: of the expert, for errors.
+        name: the expert's name, for errors.
         tensors: number of tensors in the checkpoint; a deep model cannot have more layers.
 
     Raises:
-        FusionError: the model is unknown, quantized or implausibly large, or uses kernels of another repo.
+        FusionError: the model is unknown, quantized or implausibly large, or selects kernels of another repo.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise FusionError(f"{name}: transformers does not know model_type {shown(model_type)}.")
+        raise FusionError(
+            f"{name}: transformers does not know model_type {shown(model_type)}",
+            hint="if the model is newer than your transformers: pip install -U transformers",
+        )
     if config.get("quantization_config"):
-        raise FusionError(f"{name}: its weights are quantized.", hint="use the unquantized checkpoint")
+        raise FusionError(f"{name}: its weights are quantized", hint="use the unquantized checkpoint")
     known = checked_config(config, name, tensors)
     assert known is not None  # the model type was checked above
     return known
@@ -158,7 +161,7 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
 
     Args:
         config: content of ``config.json``, which tokenizers read as well.
-        name: of the model, for errors.
+        name: the model's name, for errors.
         tensors: number of tensors in the checkpoint, if known.
 
     Raises:
@@ -177,15 +180,15 @@ def checked_config(config: Mapping[str, Any], name: str, tensors: int = _MOST_PA
     for top, content in config.items():
         for key, value in _numbers(top, content):
             if abs(value) > _most(key, tensors, is_known=top in known):
-                reason = f"{key}={shown(value)}, the weights are {tensors} tensors"
-                raise FusionError(f"{name}: config.json promises {reason}.")
+                what = f"config.json has {key}={shown(value)}, implausible for {tensors:,} tensors"
+                raise FusionError(f"{name}: {what}")
     if config_class is None:
         return None
     try:
         return build_within_limits(lambda: config_class.from_dict(without_code(dict(config))))
     except Exception as error:  # an untrusted config may fail in any way
         refuse_missing(error, name)
-        raise FusionError(f"{name}: config.json is not valid ({first_line(error)}).") from error
+        raise FusionError(f"{name}: config.json is not valid ({first_line(error)})") from error
 
 
 def _numbers(key: str, value: object) -> Iterator[tuple[str, int]]:
@@ -235,7 +238,7 @@ def check_load(config: PreTrainedConfig, head: Head, shapes: Shapes, name: str) 
         return check_load_as(*_class_of(config, head), shapes)
     except Exception as error:
         refuse_missing(error, name)
-        raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)}).") from error
+        raise FusionError(f"{name}: no {head.auto} can be built from config.json ({first_line(error)})") from error
 
 
 def _class_of(config: PreTrainedConfig, head: Head) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -288,7 +291,7 @@ def _refuse_buffers(model: PreTrainedModel, found: int) -> None:
     """Raises if non-persistent buffers, such as masks, are larger than the checkpoint."""
     taken = sum(buffer.numel() * buffer.element_size() for _, buffer in model.named_non_persistent_buffers())
     if taken > max(_MOST_BUFFERS, found):
-        raise TooMuchError(f"tables of {taken / 1e6:,.0f} MB beside {found:,} stored numbers")
+        raise TooMuchError(f"tables of {taken / 1e6:,.0f} MB beside {found:,} stored parameters")
 
 
 def _weightless(model_class: type[PreTrainedModel]) -> Any:

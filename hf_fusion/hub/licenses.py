@@ -59,14 +59,14 @@ def combine(licenses: Mapping[str, str | None]) -> str:
     known = {name: (license_id or "none").lower() for name, license_id in licenses.items()}
     bad = {name: license_id for name, license_id in known.items() if license_id not in _HOLDS}
     if bad or not known:
-        raise _undecided("The licence cannot be computed", bad)
+        raise _undecided("the licence of the model cannot be determined from", bad)
     distinct = set(known.values())
     for license_id in distinct:
         if distinct - {license_id} <= _HOLDS[license_id]:
             return license_id
-    raise _undecided("These licences cannot be combined", known)
+    raise _undecided("these licences cannot be combined", known)
 
 
 def _undecided(what: str, licenses: Mapping[str, str]) -> FusionError:
     listed = ", ".join(f"{name} ({license_id})" for name, license_id in licenses.items()) or "no experts"
-    return FusionError(f"{what}: {listed}.", hint="decide it yourself and pass --license ID (license=… in Python)")
+    return FusionError(f"{what}: {listed}", hint="choose one yourself: --license ID (license=… in Python)")

@@ -47,7 +47,7 @@ def as_lora(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.T
 
     Args:
         tensors: of the file, by name.
-        name: of the adapter, for errors.
+        name: the adapter's name, for errors.
 
     Raises:
         FusionError: B₀ is not 0.
@@ -55,6 +55,6 @@ def as_lora(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.T
     found, points = plain_names(tensors)
     if moved := next((path for path, b in points.items() if b.count_nonzero()), None):
         raise FusionError(
-            f"Adapter {name} was linearised at a B other than 0, in {moved}: it is not equivalent to a LoRA."
+            f"adapter {name} was linearised at a B other than 0 ({moved}), so it is not equivalent to a LoRA"
         )
     return found

@@ -166,7 +166,7 @@ class _Loader:
         resolved = dict(zip(unique, found, strict=True))
         for (name, _), source in resolved.items():
             if source.is_adapter:
-                raise FusionError(f"The base {name} is itself an adapter.", hint="pass base= with a full model")
+                raise FusionError(f"the base {name} is itself an adapter", hint="pass base= with a full model")
             source.pinned &= self.base is not None  # consent does not extend to a base that an expert names
         # references with and without a commit may denote the same base, which is loaded once
         distinct = {(source.name, source.revision, source.folder): source for source in resolved.values()}
@@ -185,9 +185,10 @@ class _Loader:
             if head := head_of_architecture(architecture):
                 return head
         if "config.json" not in source.sizes and not source.is_adapter:
-            raise FusionError(f"{source.name} has no config.json.")
-        found = ", ".join(architectures(config)) or "none"
-        raise FusionError(f"{source.name}: no model class for architecture {found}.", hint="pass task=…")
+            raise FusionError(f"{source.name} has no config.json", hint="name the repo or folder of a model")
+        found = ", ".join(architectures(config))
+        why = f"no model class is known for the architecture {found}" if found else "config.json names no architecture"
+        raise FusionError(f"{source.name}: {why}", hint="pass task=, such as text-classification")
 
     def _full(self, source: Source, base: Source | None) -> Expert:
         head = self._head(source, {})
@@ -225,7 +226,7 @@ class _Loader:
             adapter = rename_to_base(self._cast(adapters[i]), model)
             _refuse_misfits({source.name: adapter}, model)
             adapter = merge_saved_bases(adapter, model)
-            refuse_keys(source.name, "missing in the adapter and in its base", unfilled - set(adapter.saved))
+            refuse_keys(source.name, "missing in both the adapter and its base", unfilled - set(adapter.saved))
             labels = _adapter_labels(source, adapter) if head.has_labels else []
             expert = self._expert(source, base, model, head, labels, adapter)
             gates = read_gates(_folder(source), source.name, adapter, model) if self.gates else None
@@ -278,16 +279,16 @@ class _Loader:
         try:
             shapes = local_shapes(_folder(source), files)
         except SafetensorError as error:
-            raise FusionError(f"{source.name}: the weights cannot be read ({error}).") from error
+            raise FusionError(f"{source.name}: the weights cannot be read ({error})") from error
         content = dict(source.config)
         if num_labels is not None:  # the adapters' number of classes, not the base's
             content |= {"num_labels": num_labels, "id2label": None, "label2id": None}
         config = native_config(content, source.name, len(shapes))
-        promised = check_load(config, head, shapes, source.name)
-        if promised.mismatched:
-            raise FusionError(f"{source.name}: {'; '.join(promised.mismatched[:5])}.")
-        _refuse_unfilled(source.name, promised, shapes)
-        _refuse_misfits(adapters, promised.model)
+        report = check_load(config, head, shapes, source.name)
+        if report.mismatched:
+            raise FusionError(f"{source.name}: weights do not match config.json: {'; '.join(report.mismatched[:5])}")
+        _refuse_unfilled(source.name, report, shapes)
+        _refuse_misfits(adapters, report.model)
         return config
 
     def _code_to_run(self, source: Source) -> bool:
@@ -409,11 +410,11 @@ def processor_of(source: Source, *, agreed: bool) -> Any:
         if missing_library(error) == "tiktoken" and "tiktoken.model" not in source.sizes:
             # transformers falls back to tiktoken if sentencepiece, or protobuf, is not installed
             raise MissingLibraryError(
-                f"{source.name} needs sentencepiece and protobuf, of which one is not installed",
+                f"{source.name} needs sentencepiece and protobuf, at least one of which is not installed",
                 "pip install sentencepiece protobuf",
             ) from error
         refuse_missing(error, source.name)
-        raise FusionError(f"The processor of {source.name} cannot be loaded: {first_line(error)}") from error
+        raise FusionError(f"the processor of {source.name} cannot be loaded: {first_line(error)}") from error
 
 
 def _refuse_many_tokens(source: Source) -> None:
@@ -423,7 +424,7 @@ def _refuse_many_tokens(source: Source) -> None:
     special = sum(len(tokens) for tokens in lists if isinstance(tokens, (list, dict)))
     added = read_file(file).count(b'"single_word"') if own_file(file) else 0
     if special > _MOST_SPECIAL or added > _MOST_ADDED:
-        raise FusionError(f"{source.name}: its tokenizer has {max(special, added):,} tokens beside its vocabulary.")
+        raise FusionError(f"{source.name}: its tokenizer has {max(special, added):,} tokens beside its vocabulary")
 
 
 def in_memory(expert: object, index: int) -> Expert:
@@ -434,7 +435,7 @@ def in_memory(expert: object, index: int) -> Expert:
         return expert
     if not isinstance(expert, PreTrainedModel):
         raise FusionError(
-            f"Expert {index} is a {type(expert).__name__}, not an id, folder, ExpertInfo or transformers model."
+            f"expert {index} is a {type(expert).__name__}, not an id, folder, ExpertInfo or transformers model"
         )
     name = Path(expert.config.name_or_path or f"expert-{index}")
     name_or_id = str(name) if name.as_posix().count("/") == 1 and not name.is_dir() else name.name
@@ -458,26 +459,28 @@ def _labels(model: PreTrainedModel) -> list[str]:
 def _refuse_misfits(adapters: Mapping[str, Adapter], base: PreTrainedModel) -> None:
     for name, adapter in adapters.items():
         if problems := fit_problems(rename_to_base(adapter, base), base):
-            raise FusionError(f"Adapter {name} does not fit its base: {'; '.join(problems[:5])}.")
+            raise FusionError(f"adapter {name} does not fit its base: {'; '.join(problems[:5])}")
 
 
-def _refuse_unfilled(name: str, promised: LoadReport, shapes: Shapes) -> None:
+def _refuse_unfilled(name: str, report: LoadReport, shapes: Shapes) -> None:
     """Raises if more than a head, which an adapter may have, is missing: it would be allocated in full."""
-    state = promised.model.state_dict()
-    unfilled = sum(state[key].numel() for key in promised.missing if key in state)
+    state = report.model.state_dict()
+    unfilled = sum(state[key].numel() for key in report.missing if key in state)
     found = sum(math.prod(shape) for shape in shapes.values())
     if unfilled > max(found, LARGEST_HEAD):
-        raise FusionError(f"{name}: config.json promises {unfilled:,} parameters that no tensor fills.")
+        raise FusionError(f"{name}: config.json describes {unfilled:,} parameters that the checkpoint lacks")
 
 
 def refuse_keys(name: str, what: str, keys: Collection[str]) -> None:
     """Raises for missing keys, which would be initialised at random, and for unexpected ones, which would be lost."""
     if keys:
         shown = ", ".join(sorted(map(str, keys))[:5])
-        raise FusionError(f"{name}: {len(keys)} weights are {what}: {shown}.", hint="check task=… and the checkpoint")
+        raise FusionError(
+            f"{name}: {len(keys)} weights are {what}: {shown}", hint="check the checkpoint, and task= if you passed it"
+        )
 
 
 def _refuse_not_finite(model: PreTrainedModel, name: str, skip: Collection[str] = ()) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and key not in skip and not tensor.isfinite().all():
-            raise FusionError(f"{name} has NaN or Inf in {key}.", hint=f"fuse the others: leave {name} out")
+            raise FusionError(f"{name} has NaN or Inf in {key}", hint=f"leave {name} out, and fuse the other experts")

@@ -50,8 +50,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 # hints for adapters that can be fused once they are merged into the base
-_MERGE_FIRST = "make a model of it with PEFT: merge_and_unload(), save_pretrained(), and take that"
-_EMBEDS = "make a model of it, and take that: hf-fusion fuse --method linear --experts ADAPTER -o DIR"
+_MERGE_FIRST = "merge it into its base with PEFT, merge_and_unload() and save_pretrained(), and use that model"
+_EMBEDS = "merge it into its base, and use that model: hf-fusion fuse --method linear --experts ADAPTER -o DIR"
 
 
 def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> list[str]:
@@ -88,7 +88,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
 
     Args:
         folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``, or the weights of an L-LoRA.
-        name: of the adapter, for errors.
+        name: the adapter's name, for errors.
         allow_pickle: read ``adapter_model.bin`` if there are no safetensors.
         embeddings: also read LoRA on embeddings and trained rows of embeddings, which static merges support and the
             families of fused models do not.
@@ -104,7 +104,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     config = read_json(folder / ADAPTER_CONFIG, name)
     if problems := config_problems(config, embeddings=embeddings):
         hint = _EMBEDS if not config_problems(config, embeddings=True) else _MERGE_FIRST
-        raise FusionError(f"Adapter {name} cannot be fused: {'; '.join(problems)}.", hint=hint)
+        raise FusionError(f"adapter {name} cannot be fused: {'; '.join(problems)}", hint=hint)
     stored = _tensors(folder, name, allow_pickle)
     stored = as_lora({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, name)
     tensors = {plain: stored[key] for key, plain in plain_keys(stored, name).items()}
@@ -115,7 +115,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     embedded: set[str] = set()
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise FusionError(f"Adapter {name} has NaN or Inf in {key}.")
+            raise FusionError(f"adapter {name} has NaN or Inf in {key}")
         if match := LORA.fullmatch(key):
             halves.setdefault(match["path"], {})[match["half"]] = tensor
         elif (match := EMBEDDING.fullmatch(key)) and embeddings:
@@ -126,14 +126,14 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
             rows[match[1]] = (_rows_of(config, match[1], len(tensor), name), tensor)
         elif "lora_" in key or ROWS.fullmatch(key):
             hint = _EMBEDS if EMBEDDING.fullmatch(key) or ROWS.fullmatch(key) else _MERGE_FIRST
-            raise FusionError(f"Adapter {name} holds {key}: only LoRA on linear layers can be fused.", hint=hint)
+            raise FusionError(f"adapter {name} contains {key}, but only LoRA on linear layers can be fused", hint=hint)
         else:
             saved[key.replace(".token_adapter.", ".")] = tensor
     _refuse_trained_biases(config, saved, name)
     if not halves and not rows:
-        raise FusionError(f"Adapter {name} holds no LoRA weights.")
+        raise FusionError(f"adapter {name} contains no LoRA weights")
     if both := rows.keys() & embedded:
-        raise FusionError(f"Adapter {name} has both LoRA on {min(both)} and trained rows of it.", hint=_MERGE_FIRST)
+        raise FusionError(f"adapter {name} has LoRA on {min(both)} and also trained rows of it", hint=_MERGE_FIRST)
     patterns = Patterns(config, name)
     return Adapter(
         lora={path: _pair(config, patterns, path, pair, name) for path, pair in halves.items()},
@@ -155,7 +155,7 @@ def _rows_of(config: Mapping[str, Any], path: str, count: int, name: str) -> tor
     if isinstance(given, Mapping):
         given = next((own for key, own in given.items() if f".{path}".endswith(f".{key}")), None)
     if not isinstance(given, list) or len(given) != count or not all(type(n) is int and n >= 0 for n in given):
-        raise FusionError(f"Adapter {name} has {count} rows of {path}, which trainable_token_indices does not name.")
+        raise FusionError(f"adapter {name} has {count} rows of {path} that trainable_token_indices does not list")
     return torch.tensor(given)
 
 
@@ -172,20 +172,22 @@ def _pair(
     import torch
 
     if set(pair) != {"A", "B"}:
-        raise FusionError(f"Adapter {name} holds lora_{next(iter(pair))} of {path} without its other half.")
+        found, lacking = ("A", "B") if "A" in pair else ("B", "A")
+        raise FusionError(f"adapter {name} contains lora_{found} of {path}, but not its lora_{lacking}")
     a, b = pair["A"], pair["B"]  # (r, d_in), (d_out, r)
     if a.dim() != 2 or b.dim() != 2:
-        raise FusionError(f"Adapter {name} adapts {path}, which is not a linear layer (A has {a.dim()} dimensions).")
+        raise FusionError(f"adapter {name} adapts {path}, which is not a linear layer (A has {a.dim()} dimensions)")
     rank = patterns.value("rank_pattern", path, config["r"])
     if not a.shape[0] == b.shape[1] == rank or rank < 1:
         raise FusionError(
-            f"Adapter {name}: ranks of {path} disagree: A {list(a.shape)}, B {list(b.shape)}, config {rank}."
+            f"adapter {name}: the ranks of {path} disagree: A is {list(a.shape)}, B is {list(b.shape)}, "
+            f"and the config says {rank}"
         )
     alpha = patterns.value("alpha_pattern", path, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     exact = b.float() * scaling
     if not math.isfinite(scaling) or not exact.isfinite().all():
-        raise FusionError(f"Adapter {name}: B times lora_alpha={alpha} of {path} is not finite.")
+        raise FusionError(f"adapter {name}: B times lora_alpha={alpha} of {path} is not finite")
     rounded = exact.to(b.dtype)  # PEFT scales outputs, not B: in half precision only scaling by powers of 2 is exact
     return a, rounded if torch.equal(rounded.float(), exact) else exact
 
@@ -195,7 +197,7 @@ def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], 
     modules = tuple(config.get("modules_to_save") or ())
     biases = [key for key in saved if key.endswith(".bias") and not _under(key, modules)]
     if config.get("bias", "none") != "none" and biases:
-        raise FusionError(f"Adapter {name}: bias={config['bias']!r} trained {biases[0]}, which B @ A cannot express.")
+        raise FusionError(f"adapter {name}: bias={config['bias']!r} trained {biases[0]}, which B @ A cannot express")
 
 
 def _under(parameter: str, modules: tuple[str, ...]) -> bool:
@@ -225,13 +227,15 @@ def shape_problems(
     for path, sizes in lora.items():
         found = linear_sizes(modules.get(path))
         if path in stacked:
-            problems.append(f"adapts {path}, which is a part of {stacked[path]}: only a static merge updates it")
+            problems.append(f"adapts {path}, which is part of {stacked[path]}: only static merges can update it")
         elif path not in modules:
             problems.append(f"adapts {path}, which the base does not have")
         elif found is None:
             problems.append(f"adapts {path}, which is not a linear layer")
         elif found != sizes:
-            problems.append(f"{path} is {found[0]}→{found[1]} in the base, {sizes[0]}→{sizes[1]} in the adapter")
+            problems.append(
+                f"{path} maps {found[0]} to {found[1]} features in the base, {sizes[0]} to {sizes[1]} in the adapter"
+            )
     for key, shape in saved.items():
         if key not in parameters:
             problems.append(f"saves {key}, which the base does not have")
@@ -239,7 +243,7 @@ def shape_problems(
         expected = tuple(parameters[key].shape)
         is_head = expected[:1] == (classes,) and len(shape) == len(expected) and shape[1:] == expected[1:]
         if shape != expected and not is_head:
-            problems.append(f"{key} is {list(expected)} in the base, {list(shape)} in the adapter")
+            problems.append(f"{key} has shape {list(expected)} in the base, but {list(shape)} in the adapter")
     return problems
 
 
@@ -358,13 +362,13 @@ def _tensors(folder: Path, name: str, allow_pickle: bool) -> dict[str, torch.Ten
         try:
             return load_file(safe)
         except SafetensorError as error:
-            raise FusionError(f"Adapter {name}: {safe.name} cannot be read ({error}).") from None
+            raise FusionError(f"adapter {name}: {safe.name} cannot be read ({error})") from None
     if not own_file(pickled):
-        raise FusionError(f"Adapter {name} has no adapter_model.safetensors.")
+        raise FusionError(f"adapter {name} has no adapter_model.safetensors")
     if not allow_pickle:
         raise FusionError(
-            f"Adapter {name} has only pickle weights (adapter_model.bin).",
-            hint="pass allow_pickle=True if you trust its author",
+            f"adapter {name} has only pickle weights (adapter_model.bin)",
+            hint="if you trust its author: --allow-pickle (allow_pickle=True in Python)",
         )
     import torch
 

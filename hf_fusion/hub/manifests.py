@@ -32,7 +32,7 @@ def named_files(name: str, files: Iterable[str], read: Read, *, code: bool) -> l
     """The files of all subfolders that a model's manifests name, including weights.
 
     Args:
-        name: of the model, for errors.
+        name: the model's name, for errors.
         files: all files of the model, as paths from its root.
         read: returns the content of one of its JSON files.
         code: include Python files.
@@ -65,7 +65,7 @@ def module_folders(name: str, files: Iterable[str], read: Read) -> list[str]:
         return []
     rows = read(MODULES)
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "path" in row for row in rows):
-        raise FusionError(f"{name}: {MODULES} is not a list of modules and their paths", "fetch it again")
+        raise FusionError(f"{name}: {MODULES} is not a list of modules and their paths", "download it again")
     found: dict[str, None] = {}
     for row in rows:
         for folder in _routed(name, _inside(name, MODULES, row["path"]), known, read, _DEEPEST):
@@ -85,7 +85,7 @@ def refuse_pickled(name: str, files: Iterable[str], folders: Iterable[str]) -> N
         if pickled in known and safe not in known:
             raise FusionError(
                 f"{name} has only pickle weights in {pickled}, and only safetensors are merged",
-                "load it with SentenceTransformer and save it",
+                "load the model with SentenceTransformer, and save it again",
             )
 
 
@@ -116,7 +116,7 @@ def local_named_files(folder: Path, name: str, *, code: bool) -> list[str]:
         # the target of a link is not part of the model, and must not be read or published
         steps = [folder / own, *(folder / own).parents][: own.count("/") + 1]
         if any(step.is_symlink() for step in steps):
-            raise FusionError(f"{name}: {own} is a link to another folder", "put the folder itself there")
+            raise FusionError(f"{name}: {own} is a link to another folder", "replace the link with the folder itself")
     return named_files(name, files, read, code=code)
 
 
@@ -135,7 +135,7 @@ def _routed(name: str, folder: str, known: set[str], read: Read, depth: int) -> 
             continue
         types = content["types"]
         if not isinstance(types, Mapping) or not depth:
-            raise FusionError(f"{name}: {prefix}{file} is not a router of sentence-transformers", "fetch it again")
+            raise FusionError(f"{name}: {prefix}{file} is not a router of sentence-transformers", "download it again")
         for own in types:
             yield from _routed(name, prefix + _inside(name, prefix + file, own), known, read, depth - 1)
         return
@@ -145,13 +145,13 @@ def _inside(name: str, manifest: str, path: object) -> str:
     """A path that a manifest names, in its shortest form; "" is the root.
 
     Raises:
-        FusionError: it is none, or leads out of the model.
+        FusionError: it is not a path, or leads out of the model.
     """
     if isinstance(path, str) and path.isprintable() and len(path) < 500:
         plain, windows = PurePosixPath(path), PureWindowsPath(path)
         if not plain.is_absolute() and not windows.anchor and ".." not in windows.parts and "\\" not in path:
             return "" if plain == PurePosixPath(".") else plain.as_posix()
     raise FusionError(
-        f"{name}: {manifest} names {shown(path)}, which is not a folder within the model",
-        f"mend {manifest}, or leave {name} out",
+        f"{name}: {manifest} names {shown(path)}, which is not a folder inside the model",
+        f"correct {manifest}, or leave {name} out",
     )

@@ -32,7 +32,7 @@ def merge_problems(model: PreTrainedModel, base: PreTrainedModel) -> list[str]:
         return [str(error)]
     head_prefixes = tuple(f"{path}." for path in heads)
     return [
-        f"{key} is {list(tensor.shape)}, in the base {list(shared[key].shape)}"
+        f"{key} has shape {list(tensor.shape)}, but {list(shared[key].shape)} in the base"
         for key, tensor in tensors.items()
         if key in shared and not key.startswith(head_prefixes) and tensor.shape != shared[key].shape
     ]

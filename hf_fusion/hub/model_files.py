@@ -163,5 +163,5 @@ def _local_card(folder: Path) -> dict[str, Any]:
     try:
         return filter_metadata(read_metadata(read_text(folder / "README.md")))
     except (FusionError, ValueError) as error:  # an invalid card must not prevent loading
-        logger.warning("The metadata of %s/README.md cannot be read: %s", folder, one_line(error))
+        logger.warning("the metadata of %s/README.md cannot be read: %s", folder, one_line(error))
         return {}

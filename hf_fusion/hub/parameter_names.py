@@ -45,7 +45,7 @@ def build_meta_model(config: Mapping[str, Any], name: str, tensors: int) -> Meta
 
     Args:
         config: content of the file.
-        name: of the model, for errors.
+        name: the model's name, for errors.
         tensors: number of tensors in the checkpoint, see `hf_fusion.hub.headers.native_config`.
 
     Raises:
@@ -85,7 +85,7 @@ def _build(text: str, tensors: int) -> MetaModel:
     except FusionError as error:
         raise _NotBuiltError(error.message, error) from error
     except Exception as error:  # an untrusted config may fail in any way
-        why = f"{_NAME}: its model cannot be built from config.json ({first_line(error)})"
+        why = f"{_NAME}: the model cannot be built from config.json ({first_line(error)})"
         raise _NotBuiltError(why, error) from error
 
 
@@ -118,7 +118,7 @@ def _config_for(own: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     wanted = own.config_class or ()
     found = next((part for part in (config, *parts) if isinstance(part, wanted)), None)
     if found is None:
-        raise FusionError(f"{own.__name__} is not a class of {config.model_type}")
+        raise FusionError(f"{own.__name__} is not a class of model_type {config.model_type}")
     return found
 
 
@@ -130,7 +130,7 @@ def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
 
     Args:
         model: of the checkpoint's class, on any device.
-        names: of a checkpoint's tensors; names that the model does not have are mapped, too.
+        names: of a checkpoint's tensors; names that the model does not have are mapped as well.
     """
     return {name: loaded for name, loaded, _ in _map_names(model, names)}
 

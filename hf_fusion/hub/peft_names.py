@@ -34,17 +34,17 @@ def plain_keys(keys: Iterable[str], name: str) -> dict[str, str]:
 
     Args:
         keys: of the file, with or without `PREFIX`.
-        name: of the adapter, for errors.
+        name: the adapter's name, for errors.
 
     Raises:
-        FusionError: the file holds several adapters.
+        FusionError: the file contains several adapters.
     """
     bare = {key: key.removeprefix(PREFIX) for key in keys}
     matches = {key: match for key, own in bare.items() if (match := _NAMED.fullmatch(own))}
     adapters = {match[2] for match in matches.values()}
     if len(adapters) > 1:
-        listed = ", ".join(sorted(adapter or "one without a name" for adapter in adapters))
-        raise FusionError(f"Adapter {name} holds several adapters: {listed}.", hint="save each in a separate folder")
+        listed = ", ".join(sorted(adapter or "an unnamed one" for adapter in adapters))
+        raise FusionError(f"adapter {name} contains several adapters: {listed}", hint="save each in a separate folder")
     called = next(iter(adapters), None) or DEFAULT
     found = {}
     for key, own in bare.items():

@@ -51,7 +51,7 @@ def write_expert(source: Source, file: Path, number: int) -> Path:
         with _LOCK:  # several threads may read experts; the file is indexed once
             experts = _experts(file, source.name)
         if number not in experts:
-            raise FusionError(f"{source.name} has the experts #{min(experts)} to #{max(experts)}, not #{number}.")
+            raise FusionError(f"{source.name} has the experts #{min(experts)} to #{max(experts)}, but no #{number}")
         layers = experts[number]
         tensors = {}
         for path, own in layers.items():
@@ -96,8 +96,8 @@ def _experts(file: Path, name: str) -> dict[int, Layers]:
         except RuntimeError:  # torch's older format cannot be mapped
             stored = torch.load(file, **options)
     except Exception as error:  # an untrusted file may raise anything
-        reason = f"{name}: {file.name} cannot be read ({type(error).__name__})."
-        raise FusionError(reason, hint="fetch it again") from error
+        reason = f"{name}: {file.name} cannot be read ({type(error).__name__})"
+        raise FusionError(reason, hint="download it again") from error
     experts: dict[int, Layers] = {}
     for key, tensor in stored.items() if isinstance(stored, dict) else ():
         if (match := _KEY.fullmatch(str(key))) and isinstance(tensor, torch.Tensor):
@@ -108,5 +108,5 @@ def _experts(file: Path, name: str) -> dict[int, Layers]:
         if (found := {path: own for path, own in layers.items() if _is_low_rank(own)})
     }
     if not experts:
-        raise FusionError(f"{name}: {file.name} is not a checkpoint of PHATGOOSE's authors.")
+        raise FusionError(f"{name}: {file.name} is not a checkpoint in the format of PHATGOOSE's authors")
     return experts

@@ -50,8 +50,8 @@ def read_recipe(folder: str | Path) -> Recipe:
     content = read_json(config, str(folder))
     if content.get("model_type") not in FAMILIES:
         raise FusionError(
-            f"{folder} has no {RECIPE_FILE}, and its config.json has no recipe.",
-            f"put the {RECIPE_FILE} that it was made by into the folder",
+            f"{folder} has no {RECIPE_FILE}, and its config.json has no recipe",
+            f"copy the {RECIPE_FILE} that the model was made from into the folder",
         )
     return _recorded(FAMILIES[content["model_type"]].classes().config.from_pretrained(folder))
 
@@ -66,7 +66,7 @@ def recipe_from_model(model: PreTrainedModel) -> Recipe:
     if recipe is not None:
         return recipe
     if model.config.model_type not in FAMILIES:
-        raise FusionError("This model has no recipe.", hint="pass recipe=, or create it with fuse()")
+        raise FusionError("this model has no recipe", hint="pass recipe=, or create the model with hf_fusion.fuse")
     return _recorded(model.config)
 
 

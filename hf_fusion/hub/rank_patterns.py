@@ -10,7 +10,7 @@ from typing import Any
 from hf_fusion.errors import FusionError, shown
 
 MOST_SECONDS = 2.0
-"""For all patterns of an adapter on all of its modules."""
+"""Maximum time for matching all patterns of an adapter with all of its modules."""
 MOST_CHARACTERS = 1_000
 # Repeated groups can take exponential time; recursion, lookarounds, back references and fuzzy counts can take memory
 # without a limit. Patterns of modules do not need them.
@@ -23,7 +23,7 @@ class Patterns:
 
     Args:
         config: content of its ``adapter_config.json``.
-        name: of the adapter, for errors.
+        name: the adapter's name, for errors.
     """
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
@@ -45,7 +45,7 @@ class Patterns:
         for pattern, value in (self.config.get(key) or {}).items():
             if self._matches(key, pattern, path, self._left - (time.monotonic() - began)):
                 if not isinstance(value, (int, float)) or isinstance(value, bool):
-                    raise FusionError(f"Adapter {self.name}: {key}[{shown(pattern)}]={shown(value)} is not a number.")
+                    raise FusionError(f"adapter {self.name}: {key}[{shown(pattern)}]={shown(value)} is not a number")
                 default = value
                 break
         self._left -= time.monotonic() - began
@@ -64,4 +64,4 @@ class Patterns:
             why = "the invalid pattern"
         except TimeoutError:
             why = "a pattern that may take too long:"
-        raise FusionError(f"Adapter {self.name}: {key} has {why} {shown(pattern)}.", "name the modules by their paths")
+        raise FusionError(f"adapter {self.name}: {key} has {why} {shown(pattern)}", "name the modules by their paths")

@@ -37,7 +37,9 @@ def add_tag(text: str, tag: str) -> str:
         return text
     head = _with_tag(match[2], tag, newline)
     if _parse(head) != {**before, "tags": [tag, *present]}:  # such as an alias
-        raise FusionError("The tags of README.md are written in a way that cannot be added to.", hint=f"add {tag!r}")
+        raise FusionError(
+            "the tags of README.md cannot be edited automatically", hint=f"add the tag {tag!r} to README.md by hand"
+        )
     return text[: match.start(2)] + head + text[match.end(2) :]
 
 
@@ -106,9 +108,9 @@ def put_metadata(text: str, values: dict[str, Any]) -> str:
 
 
 def _parse(head: str) -> dict[str, Any]:
-    content = parse_yaml(head, "The metadata of README.md", repeated=True)
+    content = parse_yaml(head, "the metadata of README.md", repeated=True)
     if content is not None and not isinstance(content, dict):
-        raise FusionError("The metadata of README.md is not a mapping.")
+        raise FusionError("the metadata of README.md is not a mapping of names to values", "correct it")
     return content or {}
 
 
@@ -132,8 +134,8 @@ def put_section(text: str, name: str, section: str) -> str:
         return f"{text}{gap}{block}{newline}"
     if len(begins) != 1 or len(ends) != 1 or begins[0].start() > ends[0].start():
         raise FusionError(
-            f"README.md has {len(begins)} begin and {len(ends)} end markers of {name}.",
-            hint=f"leave one {begin} and, after it, one {end}, or neither",
+            f"README.md has {len(begins)} begin and {len(ends)} end markers of {name} instead of one each",
+            hint=f"keep one {begin} and, after it, one {end}, or remove all of them",
         )
     return text[: begins[0].start()] + block + text[ends[0].start() + len(end) :]
 

@@ -44,8 +44,8 @@ def _resolve_expert(ref: ModelRef, number: int, api: HfApi | None) -> Source:
     source = resolve_repo(ModelRef(ref.repo, ref.revision), api)
     files = [file for file in source.sizes if file.endswith(".pt")]
     if len(files) != 1:
-        what = f"{source.name} has {len(files)} checkpoints (*.pt), one is expected."
-        raise FusionError(what, hint=f"without #{number}, if it is an adapter")
+        what = f"{source.name} has {len(files)} checkpoints (*.pt) instead of one"
+        raise FusionError(what, hint=f"omit #{number}, if the repo is an adapter")
     download([(source, files)], api)
     assert source.folder is not None and source.info is not None
     folder = write_expert(source, source.folder / files[0], number)
@@ -65,7 +65,7 @@ def _folder(name: str) -> Path | None:
         folder = Path(name).expanduser()
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError) as error:
-        raise FusionError(f"{shown(name)} is not a model ({one_line(error)}).", hint="check the name") from None
+        raise FusionError(f"{shown(name)} is not a model ({one_line(error)})", hint="check the name") from None
 
 
 def repo_ref(name: ModelRef | str) -> ModelRef:
@@ -77,12 +77,12 @@ def repo_ref(name: ModelRef | str) -> ModelRef:
     ref = name if isinstance(name, ModelRef) else ModelRef.parse_repo(name)
     if ref.is_content and ref.revision:
         raise FusionError(
-            f"{ref.id} was a local folder where the model was fused (content {ref.revision[:19]}…).",
-            hint="put the path of your copy of it into the recipe",
+            f"{ref.id} was a local folder on the machine that fused the model (content {ref.revision[:19]}…)",
+            hint="write the path of your copy of the folder into the recipe",
         )
     if not ref.is_repo:
         raise FusionError(
-            f"{str(name)!r} is neither a folder nor a repo id.",
+            f"{str(name)!r} is neither a folder nor a repo id",
             hint="write owner/name, owner/name@revision or a folder",
         )
     return ref
@@ -111,4 +111,5 @@ def recorded_base(source: Source) -> ModelRef:
         ref = ModelRef(base).with_revision(revision)
         if ref.is_repo and ref.number is None:
             return ref
-    raise FusionError(f"Adapter {source.name} records {shown(base)} as its base.", hint="pass base=owner/name")
+    what = f"records the base {shown(base)}, which is neither a repo nor a folder here" if base else "records no base"
+    raise FusionError(f"adapter {source.name} {what}", hint="name the base: --base owner/name (base=… in Python)")

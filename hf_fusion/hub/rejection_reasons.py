@@ -1,4 +1,4 @@
-"""The reasons for which an expert is rejected."""
+"""The reasons why an expert is rejected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reason:
     """One reason against an expert.
 
     Attributes:
-        kind: of the problem.
+        kind: what sort of problem it is.
         detail: what was found; made printable, since it may quote untrusted files.
         remedy: how to resolve it, or None; made printable as well.
     """

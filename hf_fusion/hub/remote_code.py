@@ -100,19 +100,24 @@ def refuse_code(source: Source, needed: Sequence[Code], *, agreed: bool, pinned:
 
     manifests = [Code(*named) for file in MANIFESTS for named in code_in(source.json(file), file)]
     if foreign := next((code for code in [*needed, *manifests] if code.is_foreign), None):
-        raise FusionError(f"{source.name} takes its code from another repo ({foreign}), which no commit pins.")
+        raise FusionError(
+            f"{source.name} takes its code from another repo ({foreign}), which no commit pins",
+            hint=f"leave {source.name} out",
+        )
     first, named = needed[0], "" if source.is_local else " and owner/name@sha"
     if not agreed:
         file = shown(f"{first.reference.partition('.')[0]}.py").strip(_QUOTES)
         raise FusionError(
-            f"{source.name} needs its own code to run ({first}).",
-            hint=f"read {file}, then pass trust_remote_code=True (hf-fusion: --trust-remote-code){named}",
+            f"{source.name} needs its own code to run ({first})",
+            hint=f"read {file}, then pass --trust-remote-code (trust_remote_code=True in Python){named}",
         )
     if not (source.pinned if pinned is None else pinned):
-        what = "that folder was not named" if source.is_local else "no commit is named"
+        what = "its folder was not named in the call" if source.is_local else "no commit is named"
         raise FusionError(
-            f"{source.name} needs its own code to run, and {what} ({first}).",
-            hint=f"name it: {source.folder}" if source.is_local else f"write {source.name}@<40-digit commit sha>",
+            f"{source.name} needs its own code to run, and {what} ({first})",
+            hint=f"name the folder: {source.folder}"
+            if source.is_local
+            else f"write {source.name}@<40-digit commit sha>",
         )
 
 
@@ -133,8 +138,8 @@ def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
         elif isinstance(value, str) and "/" in value and not {*path.split(".")}.isdisjoint(KERNELS):
             code = Code("config.json", path, value)
             raise FusionError(
-                f"{name} runs code of another repo ({code}).",
-                hint=f"remove that key from its config.json, or leave {name} out",
+                f"{name} runs code of another repo ({code})",
+                hint=f"remove this key from its config.json, or leave {name} out",
             )
 
 

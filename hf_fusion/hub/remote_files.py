@@ -114,7 +114,7 @@ def read_json_file(api: HfApi, repo_id: str, file: str, revision: str) -> bytes:
         return read_file(Path(cached), most=MAX_BYTES)
     part = read_range(api, repo_id, file, revision, 0, MAX_BYTES)
     if part.size > MAX_BYTES:
-        raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes: no such file is larger than {MAX_BYTES:,}.")
+        raise FusionError(f"{repo_id}: {file} has {part.size:,} bytes, more than the limit of {MAX_BYTES:,}")
     return part.data
 
 
@@ -141,7 +141,7 @@ def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> He
     part = read_range(api, repo_id, file, revision, 0, _FIRST)
     length = int.from_bytes(part.data[:8], "little")
     if len(part.data) < 8 or length > part.size - 8:
-        raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header does not fit.")
+        raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header is longer than the file")
     refuse_long(length, part.size, f"{repo_id}: {file}")
     text = part.data[8 : 8 + length]
     if len(text) < length:
@@ -149,7 +149,7 @@ def read_header(api: HfApi, repo_id: str, file: str, revision: str | None) -> He
     try:
         shapes = _shapes(parse(text, file, repo_id))
     except (ValueError, FusionError):
-        raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header cannot be read.") from None
+        raise FusionError(f"{repo_id}: {file} is not a safetensors file: its header cannot be read") from None
     return Header(shapes, part.size)
 
 
@@ -165,7 +165,7 @@ def refuse_long(length: int, size: int, what: str) -> None:
         FusionError: the header is longer than 4 MB plus 1/500 of the file, or than 25 MB.
     """
     if length > min(MAX_HEADER, (4 << 20) + size // 500):
-        raise FusionError(f"{what} has {size:,} bytes and a header of {length:,}: it names more tensors than it holds.")
+        raise FusionError(f"{what} has a header of {length:,} bytes, implausibly long for a file of {size:,} bytes")
 
 
 def _shapes(header: object) -> dict[str, tuple[int, ...]]:

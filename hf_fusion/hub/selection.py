@@ -28,11 +28,14 @@ def pick_weights(source: Source, *, allow_pickle: bool) -> list[str]:
         return safe
     pickled = weight_files(source.sizes, "adapter_model" if source.is_adapter else "pytorch_model", "bin")
     if not pickled:
-        raise FusionError(f"{source.name} has no weights (model.safetensors or adapter_model.safetensors).")
+        raise FusionError(
+            f"{source.name} has no weights (model.safetensors or adapter_model.safetensors)",
+            hint="name the repo or folder of a model or an adapter",
+        )
     if not allow_pickle:
         raise FusionError(
-            f"{source.name} has only pickle weights ({pickled[0]}).",
-            hint="pass allow_pickle=True if you trust its author",
+            f"{source.name} has only pickle weights ({pickled[0]})",
+            hint="if you trust its author: --allow-pickle (allow_pickle=True in Python)",
         )
     return pickled
 

@@ -44,8 +44,8 @@ def check_snapshot(folder: Path, name: str) -> None:
     subfolders are not read by any loader and not checked.
 
     Args:
-        folder: the model's.
-        name: of the model, for errors.
+        folder: the model's folder.
+        name: the model's name, for errors.
 
     Raises:
         FusionError: naming the file and the entry that leads out; also for pipes, sockets and devices, and for small
@@ -59,7 +59,8 @@ def check_snapshot(folder: Path, name: str) -> None:
             _check_config(folder, file, name)
     if grown := next((file for file, size in sizes.items() if _size(folder / file) != size), None):
         raise FusionError(
-            f"{one_line(folder / grown)} changes while it is checked", "run it again once nothing writes to it"
+            f"{one_line(folder / grown)} changed while it was checked",
+            "run the command again when nothing writes to the file",
         )
 
 
@@ -79,16 +80,16 @@ def read_index(index: Path, name: str) -> dict[str, str]:
             raise ValueError(f"it has more than {MAX_VALUES:,} entries")
         content = json.loads(text.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise FusionError(f"{name}: {index.name} is not valid ({parser_message(error)})", "fetch it again") from None
+        raise FusionError(f"{name}: {index.name} is not valid ({parser_message(error)})", "download it again") from None
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files:
-        raise FusionError(f"{name}: {index.name} has no weight_map of names and files", "fetch it again")
+        raise FusionError(f"{name}: {index.name} has no weight_map of names and files", "download it again")
     suffix = ".safetensors" if index.name.endswith(f".safetensors{INDEXES}") else ""
     named = list(files.values())
     for file in set(named) if all(isinstance(file, str) for file in named) else named:
         if not isinstance(file, str) or not file.endswith(suffix) or not _BESIDE.fullmatch(file):
             what = f"{name}: {index.name} names {shown(file)}, which is not a file beside it"
-            raise FusionError(what, "fetch it again")
+            raise FusionError(what, "download it again")
     return files
 
 
@@ -97,7 +98,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(name)} is there twice")
+        raise ValueError(f"the key {shown(name)} occurs twice")
     return found
 
 
@@ -111,7 +112,7 @@ def _at_root(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             found = [entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
     except OSError as error:
-        raise FusionError(f"{folder} cannot be read ({error.strerror})", "check who may read it") from None
+        raise FusionError(f"{folder} cannot be read ({error.strerror})", "check its permissions") from None
     return sorted(own for own in found if not own.startswith("."))
 
 
@@ -134,10 +135,10 @@ def _processors(folder: Path, name: str) -> list[str]:
     for own in found:
         if not isinstance(own, str) or not _BESIDE.fullmatch(own):
             raise FusionError(
-                f"{name}: {file.name} names {shown(own)}, which is not a folder within the model", "fetch it again"
+                f"{name}: {file.name} names {shown(own)}, which is not a folder inside the model", "download it again"
             )
         if (folder / own).is_symlink():
-            raise FusionError(f"{name}: {own} is a link to another folder", "put the folder itself there")
+            raise FusionError(f"{name}: {own} is a link to another folder", "replace the link with the folder itself")
     return [own for own in found if (folder / own).is_dir()]
 
 
@@ -151,8 +152,8 @@ def _sizes(folder: Path, files: Iterable[str]) -> dict[str, int]:
         size = _size(folder / file)
         if size > MOST_BYTES and not file.endswith(WEIGHTS):
             raise FusionError(
-                f"{one_line(folder / file)} has {size:,} bytes: only weights are larger than {MOST_BYTES:,}",
-                "take it away",
+                f"{one_line(folder / file)} has {size:,} bytes, but only weights may have more than {MOST_BYTES:,}",
+                "remove it from the folder",
             )
         sizes[file] = size
     return sizes
@@ -182,8 +183,8 @@ def _check_config(folder: Path, file: str, name: str) -> None:
             leads_out = (is_path or "/" in value or "\\" in value) and _leads_out(value, candidates, folder, is_path)
         if leads_out:
             raise FusionError(
-                f"{name}: {file} has {key}: {shown(value)}, which lies outside of the model",
-                f"take {key} out of {file}, or leave {name} out",
+                f"{name}: {file} has {key}: {shown(value)}, which is outside the model's folder",
+                f"remove {key} from {file}, or leave {name} out",
             )
 
 

@@ -77,7 +77,7 @@ def head_of_task(task: str) -> Head:
     for head in HEADS:
         if task in head.tasks:
             return head
-    raise FusionError(f"Task {task!r} is not supported.", hint=suggestion(task, TASKS))
+    raise FusionError(f"task {task!r} is not supported", hint=suggestion(task, TASKS))
 
 
 def head_of_architecture(architecture: str | None) -> Head | None:

@@ -66,7 +66,9 @@ def open_file(file: Path, root: Path | None = None) -> BinaryIO:
     target = _target(file, root)
     if target is None:
         refuse_special(file)
-        raise FusionError(f"{one_line(file)} cannot be read (No such file)", "fetch it again, or check the path")
+        raise FusionError(
+            f"{one_line(file)} cannot be read (no such file)", "check the path, or download the model again"
+        )
     stream = open_given(target, called=file)
     try:
         is_same = os.path.samestat(os.fstat(stream.fileno()), target.lstat()) and file.resolve() == target
@@ -75,7 +77,8 @@ def open_file(file: Path, root: Path | None = None) -> BinaryIO:
     if not is_same:
         stream.close()
         raise FusionError(
-            f"{one_line(file)} was replaced while it was opened", "run it again once nothing writes to it"
+            f"{one_line(file)} was replaced while it was opened",
+            "run the command again when nothing writes to the file",
         )
     return stream
 
@@ -131,7 +134,7 @@ def _read_all(opened: BinaryIO, file: Path, most: int) -> bytes:
         size, parts, found = os.fstat(stream.fileno()).st_size, [], 0
         if size > most:
             raise FusionError(
-                f"{one_line(file)} has {size:,} bytes: no such file is larger than {most:,}", "fetch it again"
+                f"{one_line(file)} has {size:,} bytes, more than the limit of {most:,}", "download it again"
             )
         try:
             while piece := os.read(stream.fileno(), _PIECE):
@@ -139,14 +142,15 @@ def _read_all(opened: BinaryIO, file: Path, most: int) -> bytes:
                 found += len(piece)
                 if found > size:
                     raise FusionError(
-                        f"{one_line(file)} grows while it is read", "run it again once nothing writes to it"
+                        f"{one_line(file)} grew while it was read",
+                        "run the command again when nothing writes to the file",
                     )
                 if time.monotonic() > until:
                     raise FusionError(
                         f"{one_line(file)} takes more than {MOST_SECONDS:.0f} s to read", "copy it to a local disk"
                     )
         except OSError as error:
-            raise FusionError(f"{one_line(file)} cannot be read ({error.strerror})", "fetch it again") from None
+            raise FusionError(f"{one_line(file)} cannot be read ({error.strerror})", "download it again") from None
     return b"".join(parts)
 
 
@@ -178,10 +182,10 @@ def _target(file: Path, root: Path | None) -> Path | None:
             return None
         home, target = (root or file.parent).resolve(), file.resolve()
     except (OSError, RuntimeError) as error:
-        raise FusionError(f"{one_line(file)} cannot be read ({error})", "check who may read it") from None
+        raise FusionError(f"{one_line(file)} cannot be read ({error})", "check its permissions") from None
     if not target.is_relative_to(home) and not _is_blob(target, home):
-        what = f"{one_line(file)} is a link to {one_line(target)}, outside its model"
-        raise FusionError(what, "copy the file itself there")
+        what = f"{one_line(file)} is a link to {one_line(target)}, outside the model's folder"
+        raise FusionError(what, "replace the link with the file itself")
     return target
 
 
@@ -204,4 +208,4 @@ def _is_blob(target: Path, home: Path) -> bool:
 
 def _not_a_file(file: object, mode: int) -> FusionError:
     kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
-    return FusionError(f"{one_line(file)} is {kind}, not a file", "replace it by a file, or remove it")
+    return FusionError(f"{one_line(file)} is {kind}, not a file", "replace it with a file, or remove it")

@@ -37,7 +37,7 @@ def refuse_to_replace(folder: str | Path, overwrite: bool) -> None:
     found = sorted(path.name for pattern in MODEL for path in folder.glob(pattern))
     if found:
         raise FusionError(
-            f"{folder} holds a model already: {', '.join(found[:5])}.",
+            f"{folder} already contains a model: {', '.join(found[:5])}",
             "choose another folder, or replace it: --overwrite (overwrite=True in Python)",
         )
 

@@ -15,9 +15,9 @@ from hf_fusion.io.files import read_file
 from hf_fusion.schema import Expected, KeyPath, read
 
 MAX_BYTES = 32 << 20
-"""Three times the largest known index.json."""
+"""Maximum size in bytes; three times the largest known index.json."""
 MAX_VALUES = 2_000_000
-"""Per file, at about 100 bytes each in memory; ten times the largest known index."""
+"""Maximum values per file, at about 100 bytes each in memory; ten times those of the largest known index."""
 _HALF = re.compile("[\ud800-\udfff]")  # lone surrogates cannot be encoded
 
 
@@ -27,15 +27,15 @@ def parse(text: bytes, file: str, name: str) -> Any:
     Args:
         text: content of the file.
         file: its name.
-        name: of the model, for errors.
+        name: the model's name, for errors.
 
     Raises:
         FusionError: it is not JSON in UTF-8, too large, or too deeply nested.
     """
     if len(text) > MAX_BYTES:
-        why = f"it has {len(text):,} bytes: no such file is larger than {MAX_BYTES:,}"
+        why = f"it has {len(text):,} bytes, more than the limit of {MAX_BYTES:,}"
     elif (count := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
-        why = f"it has {count:,} values: no such file has more than {MAX_VALUES:,}"
+        why = f"it has {count:,} values, more than the limit of {MAX_VALUES:,}"
     else:
         try:
             content = json.loads(text.decode())
@@ -44,7 +44,7 @@ def parse(text: bytes, file: str, name: str) -> Any:
             why = "it is nested too deeply"
         except ValueError as error:
             why = one_line(error)
-    raise FusionError(f"{name}: {file} cannot be read ({why}).", "fetch it again")
+    raise FusionError(f"{name}: {file} cannot be read ({why})", "download it again")
 
 
 def parse_object(text: bytes, file: str, name: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def parse_object(text: bytes, file: str, name: str) -> dict[str, Any]:
     """
     content = parse(text, file, name)
     if not isinstance(content, dict):
-        raise FusionError(f"{name}: {file} is not a JSON object.", "fetch it again")
+        raise FusionError(f"{name}: {file} is not a JSON object", "download it again")
     where = KeyPath(f"{name}: {file}")
     for key, hint in FIELDS.get(file.rpartition("/")[2], {}).items():
         if (value := content.get(key)) is not None:
@@ -93,7 +93,7 @@ def _are_by_class(labels: dict[str, str]) -> bool:
 
 Labels = Annotated[dict[str, str], Expected("strings by class index", _are_by_class)]
 Code = Annotated[list[str | None] | dict[str, str | list[str | None] | None], Expected("names of classes")]
-"""``auto_map``: of a tokenizer also a pair, of which one may be null."""
+"""``auto_map``, which for a tokenizer may also be a pair, of which one may be null."""
 
 FIELDS: dict[str, dict[str, Any]] = {
     "config.json": {
@@ -118,9 +118,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rank_pattern": Annotated[dict[str, int], Expected("whole numbers by pattern")],
         "revision": str,
         "task_type": str,
-        "trainable_token_indices": Annotated[list[int] | dict[str, list[int]], Expected("numbers of tokens")],
+        "trainable_token_indices": Annotated[list[int] | dict[str, list[int]], Expected("token indices")],
         "use_rslora": bool,
     },
     "tokenizer_config.json": {"added_tokens_decoder": dict[str, Any], "auto_map": Code, "tokenizer_class": str},
 }
-"""File -> field -> what it may hold; null will do everywhere."""
+"""File -> field -> the type of its value; null is allowed everywhere."""

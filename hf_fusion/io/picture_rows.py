@@ -60,7 +60,7 @@ class Pictures(Image):
             return "a row of the data set"
         stored = (row.as_py() for chunk in self.column.chunks for row in chunk)
         number = next((number for number, row in enumerate(stored) if row == value), None)
-        return "a row of the data set" if number is None else f"row {number} of the data set, counted from 0,"
+        return "a row of the data set" if number is None else f"row {number} of the data set (counted from 0)"
 
 
 def with_pictures(rows: Dataset) -> Dataset:

@@ -28,13 +28,13 @@ def read_yaml(path: Path) -> Any:
         with open_given(path, called=one_line(path)) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise FusionError(f"{one_line(path)} cannot be read ({error.strerror}).", "check the path") from None
+        raise FusionError(f"{one_line(path)} cannot be read ({error.strerror})", "check the path") from None
     if len(raw) > MAX_BYTES:
-        raise FusionError(f"{path} is longer than {MAX_BYTES} bytes, the limit for recipes.", "check the path")
+        raise FusionError(f"{path} is longer than {MAX_BYTES:,} bytes, the limit for recipes", "check the path")
     try:
         text = raw.decode()
     except ValueError as error:
-        raise FusionError(f"{path} is not valid YAML: {one_line(error)}", "correct it there") from None
+        raise FusionError(f"{path} is not valid YAML: {one_line(error)}", "correct the file") from None
     return parse_yaml(text, path)
 
 
@@ -50,7 +50,9 @@ def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
         FusionError: see `read_yaml`.
     """
     if len(text) > MAX_BYTES:
-        raise FusionError(f"{path} has {len(text):,} characters of YAML, more than {MAX_BYTES:,}.", "shorten it")
+        raise FusionError(
+            f"{path} has {len(text):,} characters of YAML, more than the limit of {MAX_BYTES:,}", "shorten it"
+        )
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -62,11 +64,11 @@ def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
         finally:
             loader.dispose()
     except RecursionError:
-        reason = f"it is nested more than {MAX_DEPTH} deep"
+        reason = f"it is nested more than {MAX_DEPTH} levels deep"
     # scalars that do not match their tag (2001-99-99, !!bool x) raise various errors in PyYAML's constructors
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = one_line(error)
-    raise FusionError(f"{path} is not valid YAML: {reason}", "correct it there")
+    raise FusionError(f"{path} is not valid YAML: {reason}", "correct the file")
 
 
 def _several(path: Path | str, loader: yaml.SafeLoader, first: yaml.Node | None) -> FusionError:
@@ -77,11 +79,10 @@ def _several(path: Path | str, loader: yaml.SafeLoader, first: yaml.Node | None)
     mappings = [node.value for node in nodes if isinstance(node, yaml.MappingNode)]
     if any(key.value == "merge_method" for pairs in mappings for key, _ in pairs):
         return FusionError(
-            f"{path} holds {len(nodes)} merges that may depend on each other, as for mergekit-multi: one is fused at a"
-            " time",
-            "save each as a file, fuse them in order, and write the --output folder of a merge where the next names it",
+            f"{path} contains {len(nodes)} merges, as for mergekit-multi, but hf_fusion runs one merge at a time",
+            "save each in a separate file, fuse them in order, and name the --output folder of a merge in the next",
         )
-    return FusionError(f"{path} holds {len(nodes)} YAML documents instead of one", "save each in a separate file")
+    return FusionError(f"{path} contains {len(nodes)} YAML documents instead of one", "save each in a separate file")
 
 
 def _check(root: yaml.Node | None, repeated: bool) -> None:
@@ -91,20 +92,22 @@ def _check(root: yaml.Node | None, repeated: bool) -> None:
     while pending:
         node, depth = pending.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or contains itself")
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep, or contains itself")
         if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_DIGITS:
-            raise ValueError(f"{shown(node.value)} is longer than any number, line {node.start_mark.line + 1}")
+            raise ValueError(f"{shown(node.value)} in line {node.start_mark.line + 1} is too long for a number")
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             keys: set[tuple[str, str]] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
                 if (key.tag, key.value) in keys and not repeated:
-                    raise ValueError(f"{shown(key.value)} is there twice, again in line {key.start_mark.line + 1}")
+                    raise ValueError(
+                        f"the key {shown(key.value)} occurs twice, the second time in line {key.start_mark.line + 1}"
+                    )
                 keys.add((key.tag, key.value))
             children = [child for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
         seen += len(children)
         if seen > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES} values, aliases counted each time")
+            raise ValueError(f"it has more than {MAX_VALUES:,} values, counting aliases at each use")
         pending += [(child, depth + 1) for child in children]

@@ -40,13 +40,13 @@ def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
     """
     if name not in METHODS:
         raise FusionError(
-            f"There is no method {name!r}.", hint=suggestion(name, [*METHODS, *MERGE_METHODS], METHODS_LISTING)
+            f"there is no method {name!r}", hint=suggestion(name, [*METHODS, *MERGE_METHODS], METHODS_LISTING)
         )
     known = METHODS[name].options
     for option, value in options.items():
         if option not in known:
             raise FusionError(
-                f"Method {name} has no parameter {option!r}.",
+                f"method {name} has no parameter {option!r}",
                 hint=suggestion(option, known, f"{METHODS_LISTING} {name}"),
             )
         if is_plain(value):  # the model checks others, such as arrays

@@ -28,7 +28,7 @@ def check_repo_id(repo_id: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     if repo_id.count("/") != 1:
-        raise FusionError(f"{repo_id!r} is not a repo id.", hint="write owner/name")
+        raise FusionError(f"{repo_id!r} is not a repo id", hint="write owner/name")
     with explain_hub_errors(repo_id):
         validate_repo_id(repo_id)
 
@@ -40,7 +40,7 @@ def check_write_access(repo_id: str, api: HfApi) -> None:
         FusionError: it cannot; the message names the token's user.
     """
     if api.token is False:
-        raise FusionError(f"{repo_id} needs a token.", hint=_LOGIN)
+        raise FusionError(f"publishing to {repo_id} needs a token", hint=_LOGIN)
     with explain_hub_errors(repo_id):
         user = api.whoami()
         if api.repo_exists(repo_id):
@@ -48,11 +48,11 @@ def check_write_access(repo_id: str, api: HfApi) -> None:
             return
     # what a "fineGrained" token may write is only known at the push
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise FusionError(f"{repo_id} cannot be created: the token of {user['name']} is read-only.", hint=_LOGIN)
+        raise FusionError(f"{repo_id} cannot be created: the token of {user['name']} is read-only", hint=_LOGIN)
     writes = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
     if repo_id.partition("/")[0].lower() not in map(str.lower, writes):
         raise FusionError(
-            f"{repo_id} cannot be created by {user['name']}.", hint=f"write {user['name']}/NAME, or {_LOGIN}"
+            f"{repo_id} cannot be created by {user['name']}", hint=f"write {user['name']}/NAME, or {_LOGIN}"
         )
 
 
@@ -84,15 +84,15 @@ def check_publishable(
         recipe: experts, base and method of the model.
         repo_id: ``owner/name`` of the target.
         private: visibility of a new repo.
-        license: licence id of the model; None to combine those of experts and bases.
+        license: licence id of the model; None to derive it from those of experts and bases.
         with_bases: whether the model contains its bases' weights. A base by reference keeps its own access rules.
         known: metadata of models that are local folders, by their names in the recipe.
         config: ``config.json`` of the model, which records experts that are folders of another machine.
-        overwrite: whether another model in the repo may be replaced.
+        overwrite: whether to replace another model in the repo.
         api: client of the Hub.
 
     Raises:
-        FusionError: a model is not found, the repo holds another model, weights of private or gated experts would
+        FusionError: a model is not found, the repo contains another model, weights of private or gated experts would
             become public, or the licences cannot be combined.
     """
     experts, bases = _read_experts(recipe, known, config, api)
@@ -105,7 +105,7 @@ def check_publishable(
     restricted = [info.id for info in contained if info.private or info.gated]
     if restricted and not private:
         raise FusionError(
-            f"{repo_id} is public, but would contain the weights of private or gated experts: {', '.join(restricted)}.",
+            f"{repo_id} is public, but would contain the weights of private or gated experts: {', '.join(restricted)}",
             hint="publish it to a private repo",
         )
     license = license or combine({info.id: info.license for info in (*experts, *bases)})
@@ -129,7 +129,7 @@ def _refuse_other_model(repo_id: str, recipe: Recipe, api: HfApi) -> None:
         else f"was made by {found.method} from {', '.join(_identity(found)[1:])}"
     )
     raise FusionError(
-        f"{repo_id} holds another model, which {reason}.",
+        f"{repo_id} already contains another model, which {reason}",
         hint="publish under another name, or replace it: --overwrite (overwrite=True in Python)",
     )
 
@@ -144,8 +144,8 @@ def refuse_unpinned(names: list[str]) -> None:
     """Raises FusionError for models without a commit on the Hub, which no one else could load."""
     if names:
         raise FusionError(
-            f"No commit on the Hub is named for: {', '.join(names)}.",
-            hint="push each expert, then fuse from owner/name@sha; folders can be published as they are",
+            f"these models are not pinned to a commit on the Hub: {', '.join(names)}",
+            hint="push each of them, then fuse from owner/name@sha; local folders can be published as they are",
         )
 
 
@@ -188,5 +188,5 @@ def _read_infos(names: list[str], known: Mapping[str, ExpertInfo | None], api: H
 
     found = in_parallel(read, names)
     if errors := [error for error in found if isinstance(error, FusionError)]:
-        raise FusionError(" ".join(error.message for error in errors), hint=errors[0].hint)
+        raise FusionError("; ".join(error.message for error in errors), hint=errors[0].hint)
     return [info for info in found if isinstance(info, ExpertInfo)]

@@ -64,9 +64,9 @@ def public_names(recipe: Recipe, folder: Path, model: PreTrainedModel | None = N
     """Path of every folder in a recipe → ``NAME@sha256:…``, by its content at the time of the fusion.
 
     Args:
-        recipe: of the fused model, with local paths.
-        folder: of the fused model.
-        model: the fused model, where it is in memory.
+        recipe: recipe of the fused model, with local paths.
+        folder: folder of the fused model.
+        model: the fused model, if it is in memory.
 
     Raises:
         FusionError: a folder's content at that time is unknown, because it was removed or changed since.
@@ -84,11 +84,11 @@ def public_names(recipe: Recipe, folder: Path, model: PreTrainedModel | None = N
     for path in unknown:
         if not Path(path).is_dir():
             raise FusionError(
-                f"{path}, which {folder} was made of, does not exist.", "restore it, or fuse again from owner/name@sha"
+                f"{path}, which {folder} was made from, does not exist", "restore it, or fuse again from owner/name@sha"
             )
         changed = max(((Path(path) / name).stat().st_ctime_ns for name in model_files(Path(path))), default=0)
         if changed > made:
-            raise FusionError(f"{path} was changed after {folder} was made of it.", "fuse it again")
+            raise FusionError(f"{path} was changed after {folder} was made from it", "fuse again")
     return {path: known[path] for path in list_local_folders(recipe) if path in known} | hash_folders(unknown)
 
 
@@ -100,16 +100,16 @@ def refuse_changed_folders(names: Mapping[str, str]) -> None:
     """
     for path, name in names.items():
         if not Path(path).is_dir():
-            raise FusionError(f"{path} does not exist.", "restore it, or publish without --push-experts")
+            raise FusionError(f"{path} does not exist", "restore it, or publish without --push-experts")
         if hash_folder(path) != ModelRef.parse_repo(name).revision:
-            raise FusionError(f"{path} was changed after the model was made of it.", "fuse it again")
+            raise FusionError(f"{path} was changed after the model was made from it", "fuse again")
 
 
 def target_repos(names: Mapping[str, str], repo_id: str) -> dict[str, str]:
     """Path → ``owner/name`` to push it to, for each folder and for the local bases of adapters among them.
 
     Raises:
-        FusionError: two folders have the same name, or that of the model; or a folder holds no model.
+        FusionError: two folders have the same name, or that of the model; or a folder contains no model.
     """
     owner = repo_id.partition("/")[0]
     paths = [path for name in names for path in (local_base(name), name) if path]  # a base before its adapters
@@ -117,21 +117,19 @@ def target_repos(names: Mapping[str, str], repo_id: str) -> dict[str, str]:
     taken: dict[str, str] = {repo_id.lower(): "the model itself"}
     for path, repo in repos.items():
         if other := taken.get(repo.lower()):
-            raise FusionError(
-                f"{path} and {other} would both be pushed to {repo}.", "rename the folder, and fuse again"
-            )
+            raise FusionError(f"{path} and {other} would both be pushed to {repo}", "rename the folder, and fuse again")
         # a recipe from someone else could name any folder of this machine
         if not any(file.endswith((".safetensors", ".bin")) for file in model_files(Path(path))):
-            raise FusionError(f"{path} has no weights.", "publish without --push-experts")
+            raise FusionError(f"{path} has no weights", "publish without --push-experts")
         taken[repo.lower()] = path
     return repos
 
 
 def push_folders(repos: Mapping[str, str], private: bool, api: HfApi) -> dict[str, str]:
-    """Push folders, each as one commit, unless the repo holds that model already; returns path → ``owner/name@sha``.
+    """Push folders, each as one commit, unless the repo already contains that model; returns path → ``owner/name@sha``.
 
     Raises:
-        FusionError: a repo holds another model, or the Hub refuses a request.
+        FusionError: a repo contains another model, or the Hub refuses a request.
     """
     pinned: dict[str, str] = {}
     for path, repo in repos.items():
@@ -163,7 +161,7 @@ def _push_folder(folder: Path, repo: str, private: bool, pinned: Mapping[str, st
             return str(info.sha)
         if foreign := [name for name in tree if name.endswith((".safetensors", ".bin"))]:
             raise FusionError(
-                f"{repo} has {foreign[0]}, and differs from {folder}.",
+                f"{repo} already contains {foreign[0]}, and its files differ from those in {folder}",
                 "rename the folder, or push it yourself and fuse from owner/name@sha",
             )
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]

@@ -55,17 +55,17 @@ _TRAINING_STATE = (
 class PublishPlan:
     """What a push would do; nothing has been uploaded yet.
 
-        Attributes:
-    repo_id: ``owner/name`` of the target.
-            folder: staged files, without local paths.
-            files: path in the folder → size in bytes; the card is not among them.
-            exists: whether the repo exists already.
-            private: visibility of the repo (an existing repo keeps its visibility).
-            license: licence id of the model.
-            experts: metadata of the experts.
-            card: the README, which does not pin the commit of this push yet.
-            facts: what the card is rendered from.
-            pushes: local experts and bases to push first: path of the folder → ``owner/name``.
+    Attributes:
+        repo_id: ``owner/name`` of the target.
+        folder: folder of the staged files, without local paths.
+        files: path in the folder → size in bytes; the card is not among them.
+        exists: whether the repo already exists.
+        private: whether the repo is private (an existing repo keeps its visibility).
+        license: licence id of the model.
+        experts: metadata of the experts.
+        card: the README, which does not pin the commit of this push yet.
+        facts: what the card is rendered from.
+        pushes: local experts and bases to push first: path of the folder → ``owner/name``.
     """
 
     repo_id: str
@@ -116,22 +116,22 @@ def plan(
     """Prepare a push and run all of its checks; nothing is uploaded.
 
     Args:
-        model: a folder existing by `save_fused`, or a model as `fuse` returned it.
+        model: a folder written by `save_fused`, or a model returned by `fuse`.
         repo_id: ``owner/name``.
-        private: visibility of a new repo.
-        license: licence id of the model; default is computed from those of the experts.
-        results: `Results`, or its dict; default is ``results.json`` in the folder.
+        private: whether a new repo is private.
+        license: licence id of the model; default: derived from those of the experts.
+        results: `Results`, or its dict; default: ``results.json`` in the folder.
         push_experts: first push the experts and bases that are local folders, as repos of the same owner and
-            visibility, and refer to those. By default the published recipe names a folder by its name and the sha256
-            of its content.
-        overwrite: whether to replace a repo that holds another model. An earlier version of this model (same method,
+            visibility, and refer to those repos. By default the published recipe names a folder by its name and the
+            SHA-256 of its content.
+        overwrite: whether to replace another model in the repo. An earlier version of this model (same method,
             experts of the same names) is always replaced.
         api: client of the Hub; default honours ``HF_ENDPOINT`` and the stored token.
 
     Raises:
         FusionError: an expert is neither a repo at a commit nor a folder, a folder was changed since the fusion,
             the licences cannot be combined, weights of private or gated experts would become public, the folder is
-            incomplete, or the repo holds another model.
+            incomplete, or the repo contains another model.
     """
     api = hub_api(api)
     check_repo_id(repo_id)
@@ -204,20 +204,20 @@ def _plan_folder(
 
 
 def publishable_files(folder: Path) -> dict[str, int]:
-    """The files to publish, by size in bytes: all but the card, hidden files and the state of a training.
+    """The files to publish, by size in bytes: all but the card, hidden files and the training state.
 
     Raises:
-        FusionError: the folder holds no complete model, or a link leads out of it.
+        FusionError: the folder contains no complete model, or a link leads out of it.
     """
     check_snapshot(folder, str(folder))
     stem = "adapter_model" if (folder / ADAPTER_CONFIG).exists() else "model"
     if stem == "model" and not (folder / "config.json").exists():
-        raise FusionError(f"{folder} holds no model.", hint=f"hf-fusion fuse RECIPE --output {folder}")
+        raise FusionError(f"{folder} contains no model", hint=f"hf-fusion fuse RECIPE --output {folder}")
     files = _file_sizes(folder)
     for name in files:
         own_file(folder / name, folder)  # also in subfolders: no loader follows their links, but a push would
     if not weight_files(files, stem, "safetensors"):
-        raise FusionError(f"{folder} has no {stem}.safetensors.", hint=f"hf-fusion fuse RECIPE --output {folder}")
+        raise FusionError(f"{folder} has no {stem}.safetensors", hint=f"hf-fusion fuse RECIPE --output {folder}")
     return files
 
 
@@ -233,7 +233,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _is_excluded(name: str) -> bool:
-    """Whether a file or folder is hidden, or state of a training (whose pickled arguments hold local paths)."""
+    """Whether a file or folder is hidden, or training state (whose pickled arguments hold local paths)."""
     return name.startswith((".", "__pycache__", "checkpoint-")) or any(
         fnmatch(name, pattern) for pattern in _TRAINING_STATE
     )

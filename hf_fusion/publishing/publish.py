@@ -37,14 +37,14 @@ def publish(
     """Publish a fused model with its recipe and card. After an interruption, repeat the call.
 
     Args:
-        model: a folder written by `save_fused`, or a model as `fuse` returned it.
+        model: a folder written by `save_fused`, or a model returned by `fuse`.
         repo_id: ``owner/name``; created if missing.
-        private: visibility of a new repo; an existing repo keeps its visibility.
-        license: licence id of the model; default is computed from those of the experts.
-        results: `Results`, or its dict; default is ``results.json`` in the folder.
+        private: whether a new repo is private; an existing repo keeps its visibility.
+        license: licence id of the model; default: derived from those of the experts.
+        results: `Results`, or its dict; default: ``results.json`` in the folder.
         push_experts: see `plan`.
         overwrite: see `plan`.
-        confirm: called with the plan before anything is uploaded; False cancels the push. Default pushes at once.
+        confirm: called with the plan before anything is uploaded; False cancels the push. Default: no confirmation.
         api: client of the Hub; default honours ``HF_ENDPOINT`` and the stored token.
 
     Returns:
@@ -84,8 +84,8 @@ def check_publish(
     Args:
         recipe: experts and method; references need no commit yet.
         repo_id: ``owner/name``, to be created if missing.
-        private: visibility of a new repo.
-        license: licence id of the model; default is computed from those of the experts.
+        private: whether a new repo is private.
+        license: licence id of the model; default: derived from those of the experts.
         push_experts: see `plan`.
         overwrite: see `plan`.
         api: client of the Hub; default honours ``HF_ENDPOINT`` and the stored token.

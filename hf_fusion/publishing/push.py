@@ -1,8 +1,8 @@
 """A push: at most two commits, each of them atomic.
 
-The first commit holds all files (and a card where the repo has none). The second one changes only the card, which then
-pins the first one's sha: a commit cannot contain its own. Wherever a push is interrupted, the repo holds a complete
-model or none, and repeating the call uploads only what is missing.
+The first commit contains all files (and a card if the repo has none). The second one changes only the card, which then
+pins the first one's sha: a commit cannot contain its own sha. Wherever a push is interrupted, the repo contains a
+complete model or none, and repeating the call uploads only what is missing.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 class PublishResult:
     """Where a model was published.
 
-        Attributes:
-    repo_id: ``owner/name``.
-            sha: commit of the weights, which the card pins: load it with ``revision=sha``.
-            url: address of the repo's page.
-            private: visibility of the repo.
+    Attributes:
+        repo_id: ``owner/name``.
+        sha: commit of the weights, which the card pins: load the model with ``revision=sha``.
+        url: address of the repo's page.
+        private: whether the repo is private.
     """
 
     repo_id: str
@@ -50,7 +50,7 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
         api: client of the Hub; default honours ``HF_ENDPOINT`` and the stored token.
 
     Raises:
-        FusionError: an expert's repo holds another model, or the Hub refuses a request.
+        FusionError: an expert's repo contains another model, or the Hub refuses a request.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -76,7 +76,7 @@ def push(planned: PublishPlan, api: HfApi | None = None) -> PublishResult:
 
 
 def _matching_commit(planned: PublishPlan, candidates: list[str | None], api: HfApi) -> str | None:
-    """The first of the candidates that holds exactly the planned model; None if none does."""
+    """The first of the candidates that contains exactly the planned model; None if none does."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     for sha in dict.fromkeys(candidates):

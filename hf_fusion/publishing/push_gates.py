@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 # kind of gates → sentence of the card; {training} describes their training as far as it is recorded
 _ORIGIN = {
     "trained": "They were trained after the adapter, with everything else frozen{training}.",
-    "average": "They are the mean input of each linear, over examples of the adapter's data; nothing was trained.",
+    "average": "They are the mean input of each linear layer over examples of the adapter's data; nothing was trained.",
     "arrow": "They are the direction that each update amplifies most (Arrow); nothing was trained.",
 }
 _SECTION = """\
 ## PHATGOOSE gates
 
-`{file}` holds one vector for each of the {count} linears that this adapter changes. By them a router chooses among \
-adapters of the same base for every token, at every linear ([PHATGOOSE](https://arxiv.org/abs/2402.05859)). {origin}
+`{file}` contains one vector for each of the {count} linear layers that this adapter changes. With these vectors, a \
+router chooses among adapters of the same base, for every token and every linear layer \
+([PHATGOOSE](https://arxiv.org/abs/2402.05859)). {origin}
 
 ```python
 import hf_fusion
@@ -63,17 +64,17 @@ def push_gates(gates: Gates, repo_id: str, *, revision: str | None = None, api: 
 
     Raises:
         FusionError: the repo is not an adapter, the gates are those of another adapter, the card cannot be edited, or
-            the Hub refuses the commit, for example because of a push in the meantime.
+            the Hub refuses the commit, for example because somebody else has pushed in the meantime.
     """
     from huggingface_hub import CommitOperationAdd
 
     ref = ModelRef(repo_id, revision)
     if ref.commit:
-        raise FusionError(f"{ref} is a commit: gates are pushed to a branch.", hint="omit @…")
+        raise FusionError(f"{ref} names a commit, but gates are pushed to a branch", hint=f"omit @{ref.revision}")
     api = hub_api(api)
     source = resolve(ref, api)
     if source.is_local or not source.is_adapter:
-        raise FusionError(f"{repo_id} is not an adapter's repo on the Hub.", hint="write owner/name of the adapter")
+        raise FusionError(f"{repo_id} is not an adapter's repo on the Hub", hint="write owner/name of the adapter")
     _refuse_foreign(gates, source)
     card = _read_card(source)
     edited = put_section(add_tag(card, GATES_TAG), GATES_TAG, _card_section(gates, source))
@@ -107,7 +108,8 @@ def _refuse_foreign(gates: Gates, source: Source) -> None:
     shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
     heads = {names[name].removesuffix(".weight") for name in saved}
     if problem := gate_problem(shapes, sizes, also=heads):
-        raise FusionError(f"These are not the gates of {source.name}: the set {problem}.", hint="train them for it")
+        again = f"train gates for this adapter: hf-fusion fit gates {source.name} --data … --push"
+        raise FusionError(f"the gates do not fit {source.name}: the set {problem}", hint=again)
 
 
 def _base_config(source: Source) -> dict[str, Any]:
@@ -127,11 +129,13 @@ def _read_card(source: Source) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise FusionError(f"README.md of {source.name} is not UTF-8 ({error}).", hint="save it as UTF-8") from None
+        raise FusionError(
+            f"README.md of {source.name} is not UTF-8 ({error})", hint="save README.md as UTF-8"
+        ) from None
 
 
 def _gates_are_there(source: Source, gates: Gates) -> bool:
-    """Whether the repo holds exactly these gates already."""
+    """Whether the repo already contains exactly these gates."""
     if GATES_FILE not in source.sizes:
         return False
     file = download_file(hub_api(source.api), source.name, GATES_FILE, source.revision)
@@ -154,7 +158,7 @@ def _card_section(gates: Gates, source: Source) -> str:
     if {"steps", "examples"} <= facts.keys():
         training = f", in {facts['steps']:.0f} steps on {facts['examples']:,.0f} examples"
     if {"loss_before", "loss_after"} <= facts.keys():
-        training += f" (the adapter's loss with its gates half open, {facts['loss_before']:.3f}, "
-        training += f"became {facts['loss_after']:.3f})"
+        training += f" (the adapter's loss was {facts['loss_before']:.3f} with half-open gates "
+        training += f"and {facts['loss_after']:.3f} after training)"
     origin = _ORIGIN[gates.kind].format(training=training)
     return _SECTION.format(file=GATES_FILE, count=len(gates.vectors), origin=origin, tag=GATES_TAG, base=base)

@@ -88,6 +88,10 @@ def _range_response(data: bytes, wanted: str | None, headers: dict[str, str], me
     start = int(first) if first else max(len(data) - int(last), 0)
     end = min(int(last) + 1, len(data)) if first and last else len(data)
     if start >= end:
-        raise HubError(416, f"no bytes {wanted} in {len(data)}", headers={"Content-Range": f"bytes */{len(data)}"})
+        raise HubError(
+            416,
+            f"the range {wanted} is outside the file's {len(data)} bytes",
+            headers={"Content-Range": f"bytes */{len(data)}"},
+        )
     headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
     return Response(data[start:end], 206, headers=headers, media_type=media_type)

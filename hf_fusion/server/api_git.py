@@ -60,4 +60,4 @@ def git_object(repo: RepoToClone, path: str) -> Response:
         file = repo.path / "objects" / match[1] / match[2]
         if file.exists():
             return FileResponse(file, media_type="application/x-git-loose-object")
-    raise HubError(404, f"no object {path}")
+    raise HubError(404, f"there is no git object {path}")

@@ -81,7 +81,7 @@ def _check_room(repo: Repo, sent: list[PreuploadFile], files: dict[str, File]) -
     if needed > free:
         raise HubError(
             507,
-            f"the Hub's disk has {free / 1e6:,.1f} MB left, the push needs {needed / 1e6:,.1f}; nothing was changed",
+            f"the push needs {needed / 1e6:,.1f} MB, but the Hub's disk has {free / 1e6:,.1f}; nothing was changed",
         )
 
 
@@ -165,7 +165,7 @@ async def lfs_put(
 def lfs_verify(body: LfsObject, repo: ReadableRepo, user: SignedIn) -> dict[str, Any]:
     """Confirm that a large file is complete."""
     if size_of(repo.large_path(body.oid)) != body.size:
-        raise HubError(404, f"{body.oid} has not arrived")
+        raise HubError(404, f"{body.oid} was not uploaded")
     return {}
 
 

@@ -45,7 +45,7 @@ class Signer:
         if not expires.isdecimal() or int(expires) < time.time():
             raise HubError(403, "the upload address has expired; push again")
         if not hmac.compare_digest(digest.encode(), self._digest(text, int(expires)).encode()):
-            raise HubError(403, "the upload address is not one of this Hub's; push again")
+            raise HubError(403, "the upload address was not issued by this Hub; push again")
 
     def _digest(self, text: str, expires: int) -> str:
         return hmac.new(self._key, f"{text}:{expires}".encode(), hashlib.sha256).hexdigest()
@@ -114,7 +114,11 @@ class _RawPathApp:
             try:
                 body = await read_body(counted, rule.most if known else rule.anonymous)
             except HubError as error:
-                answer = error if known or rule.most == rule.anonymous else HubError(401, "Log in to send so much.")
+                answer = (
+                    error
+                    if known or rule.most == rule.anonymous
+                    else HubError(401, "Log in to send a request of this size.")
+                )
                 await _refuse(Request(scope), answer)(scope, counted, record)
                 return
         await self._app(scope, counted if rule.streamed else replay_body(body, receive), record)
@@ -156,7 +160,7 @@ def _disk_error(request: Request, error: Exception) -> Response:
     if error.errno not in FULL:
         raise error
     logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return _refuse(request, HubError(507, f"the Hub's disk cannot take it ({error.strerror}); nothing was changed"))
+    return _refuse(request, HubError(507, f"the Hub cannot write to its disk ({error.strerror}); nothing was changed"))
 
 
 def _unknown_address(request: Request) -> Response:

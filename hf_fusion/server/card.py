@@ -48,7 +48,7 @@ def _refuse_bombs(source: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
         if count > MAX_VALUES:
             raise yaml.YAMLError(f"it has more than {MAX_VALUES:,} values")
 

@@ -53,12 +53,12 @@ class Collections:
         """Makes a collection.
 
         Raises:
-            HubError: 409 if the owner has one of that title.
+            HubError: 409 if the owner has one with that title.
         """
         with self._lock:
             for other in self._all.values():
                 if (other["owner"]["name"], other["title"]) == (owner, title):
-                    raise HubError(409, f"{owner} has a collection {title!r} already", body={"slug": other["slug"]})
+                    raise HubError(409, f"{owner} already has a collection {title!r}", body={"slug": other["slug"]})
             words = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
             collection: Collection = {
                 "slug": f"{owner}/{words}-{secrets.token_hex(12)}".replace("/-", "/"),
@@ -89,12 +89,12 @@ class Collections:
         """Appends a repo.
 
         Raises:
-            HubError: 409 if it is in already.
+            HubError: 409 if the collection already contains it.
         """
         with self._lock:
             collection = self.get(slug)
             if any((other["type"], other["id"]) == (kind, name) for other in collection["items"]):
-                raise HubError(409, f"{name} is in {slug} already")
+                raise HubError(409, f"{name} is already in {slug}")
             entry = {"_id": secrets.token_hex(12), "id": name, "type": kind}
             return self._save_items(collection, [*collection["items"], _with_note(entry, note)])
 

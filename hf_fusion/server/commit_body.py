@@ -27,7 +27,7 @@ STEP = 4 * -(-LARGE_BYTES // 3)  # base64 characters decoded at once: files that
 
 @dataclass
 class CommitRequest:
-    """What a client asks for; the blobs and large files are stored already."""
+    """What a client asks for; the blobs and large files are already stored."""
 
     summary: str = ""
     description: str = ""
@@ -50,7 +50,7 @@ def read_commit(body: Path, repo: Repo, scratch: Path) -> CommitRequest:
         scratch: for files that are not complete yet.
 
     Raises:
-        HubError: 400 for a body that makes no sense, or names a large file that never arrived.
+        HubError: 400 for an invalid body, or one that names a large file that was never uploaded.
     """
     request = CommitRequest()
     try:
@@ -118,7 +118,9 @@ def _read(file: IO[bytes], start: int, end: int) -> bytes:
 
 def _read_json_part(file: IO[bytes], start: int, end: int) -> bytes:
     if end - start > MAX_LINE:
-        raise HubError(413, f"a line of the commit has {end - start:,} bytes beside its content; {MAX_LINE:,} at most")
+        raise HubError(
+            413, f"a line of the commit has {end - start:,} bytes beside its content; the limit is {MAX_LINE:,}"
+        )
     return _read(file, start, end)
 
 
@@ -137,7 +139,7 @@ def _decode_base64(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
         try:
             yield base64.b64decode(_read(file, position, min(position + STEP, end)), validate=True)
         except binascii.Error as error:
-            raise HubError(400, f"the commit has a file that is not base64: {error}") from error
+            raise HubError(400, f"the content of a file in the commit is not base64: {error}") from error
 
 
 def _store(repo: Repo, scratch: Path, path: str, content: Iterator[bytes]) -> str:

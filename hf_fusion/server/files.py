@@ -145,8 +145,8 @@ class IncomingFile:
         if self.sha256 != sha256 or size not in (None, self.size):
             raise HubError(
                 400,
-                f"the upload does not match its name: got sha256 {self.sha256} of {self.size} bytes, "
-                f"announced {sha256} of {size} bytes",
+                f"the upload differs from what was announced: received sha256 {self.sha256} of {self.size} bytes "
+                f"instead of {sha256} of {size} bytes",
             )
         self._file.flush()
         os.fsync(self._file.fileno())

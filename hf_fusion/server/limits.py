@@ -98,4 +98,4 @@ async def stream(request: Request, most: int) -> AsyncIterator[bytes]:
 
 def too_large(most: int) -> HubError:
     """The error for a body above the limit."""
-    return HubError(413, f"the body has more than {most:,} bytes")
+    return HubError(413, f"the request body is larger than {most:,} bytes")

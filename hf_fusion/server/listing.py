@@ -77,7 +77,7 @@ def paginate(repos: list[Repo], query: Query) -> Page[Repo]:
     """Sorted, and cut to the page after the cursor; repos made meanwhile neither repeat nor hide others."""
     sort = query.get("sort", ["trendingScore"])[0]
     if sort not in SORTS:
-        raise HubError(400, f"cannot sort by {sort}; possible: {', '.join(SORTS)}")
+        raise HubError(400, f"repos cannot be sorted by {sort}; use one of {', '.join(SORTS)}")
 
     def key(repo: Repo) -> tuple[Any, str, str]:
         return SORTS[sort](repo), repo.settings["created"], repo.name
@@ -89,7 +89,7 @@ def paginate(repos: list[Repo], query: Query) -> Page[Repo]:
             first, created, name = json.loads(base64.urlsafe_b64decode(query["cursor"][0][:MAX_CURSOR]))
             ordered = [repo for repo in ordered if key(repo) < (first, str(created), str(name))]
     except (ValueError, TypeError, RecursionError):
-        raise HubError(400, "limit must be a number and cursor one that the Hub gave") from None
+        raise HubError(400, "limit must be a number, and cursor must come from an earlier response") from None
     items = ordered[: max(size, 0)]
     more = items and len(ordered) > len(items)
     cursor = base64.urlsafe_b64encode(json.dumps(key(items[-1])).encode()).decode() if more else None

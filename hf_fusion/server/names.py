@@ -48,16 +48,16 @@ def check_ref(name: str) -> str:
         or ".." in name
         or "@{" in name
     ):
-        raise HubError(400, f"{name[:MAX_REF]!r} is not a branch or tag name")
+        raise HubError(400, f"{name[:MAX_REF]!r} is not a valid branch or tag name")
     return name
 
 
 def check_new_ref(name: str) -> str:
-    """`check_ref` for a branch or tag to be made: one that looks like a commit would hide it, or seem to.
+    """`check_ref` for a new branch or tag: a name that looks like a commit sha could be mistaken for that commit.
 
     Raises:
         HubError: 400.
     """
     if SHA.fullmatch(check_ref(name)):
-        raise HubError(400, f"{name} has the form of a commit's sha: such a name is always a commit")
+        raise HubError(400, f"{name} has the form of a commit sha, so it cannot name a branch or tag")
     return name

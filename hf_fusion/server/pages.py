@@ -52,8 +52,10 @@ def _environment() -> Environment:
 
 @router.get("/")
 @router.get("/{author}")
-def index(request: Request, store: StoreDep, author: str = "", q: str = "", kind: Kind = "models") -> HTMLResponse:
-    """All public repos of a kind, the one changed last first; under a name, those of that user."""
+def index(
+    request: Request, store: StoreDep, endpoint: Endpoint, author: str = "", q: str = "", kind: Kind = "models"
+) -> HTMLResponse:
+    """All public repos of a kind, the most recently changed first; with an author, only the repos of that user."""
     author = unquote(author)
     if author and not store.users.exists(author):
         raise HubError(404, f"there is no user {author}")
@@ -69,6 +71,7 @@ def index(request: Request, store: StoreDep, author: str = "", q: str = "", kind
         q=q,
         author=author,
         home=f"/{author}",
+        endpoint=endpoint,
         link=lambda k: "?" + urlencode({"kind": k, "q": q}),
     )
 
@@ -149,7 +152,7 @@ def _path(kind: str, name: str) -> str:
 
 @lru_cache(maxsize=256)
 def _card(repo: Repo, sha: str, path: str) -> str:
-    """The card as HTML that can do no harm; links and images within the repo lead to its files."""
+    """The card as sanitised HTML; links and images inside the repo lead to its files."""
 
     def follow(tag: str, attribute: str, value: str) -> str | None:
         if attribute not in ("href", "src"):

@@ -103,7 +103,7 @@ class Repo:
         """Creates a repo with one commit on main; it appears at ``path`` only when it is complete.
 
         Raises:
-            FileExistsError: the repo exists already.
+            FileExistsError: the repo already exists.
         """
         draft = scratch / f"new-{time.time_ns()}-{threading.get_ident()}"
         try:
@@ -394,7 +394,7 @@ class Repo:
 
         Args:
             branch: branch name or ``refs/pr/N``.
-            change: the changes; their blobs are stored already.
+            change: the changes; their blobs are already stored.
             summary: first line of the message.
             description: the rest of the message.
             author: user name.

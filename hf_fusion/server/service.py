@@ -72,7 +72,7 @@ class HubServer:
         while not self._server.started:
             self._thread.join(0.005)
             if not self._thread.is_alive():
-                raise FusionError(f"the Hub on {self.root} did not start", hint="see the log above")
+                raise FusionError(f"the Hub in {self.root} did not start", hint="see the log above")
         return self
 
     def stop(self) -> None:
@@ -103,7 +103,8 @@ class HubServer:
         except OSError as error:
             self._close()
             raise FusionError(
-                f"cannot listen on {self.host} port {self.port}: {error.strerror}", hint="choose another: --port 0"
+                f"cannot listen on {self.host} port {self.port}: {error.strerror}",
+                hint="let the Hub choose a free port: --port 0",
             ) from error
         # Accepted connections inherit it. asyncio does not set it here, and each response would take 40 ms longer.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -71,7 +71,8 @@ class Store:
         except OSError:
             self._lock_file.close()
             raise FusionError(
-                f"another Hub serves {root}", hint="stop it, or serve another folder: hf-fusion hub serve DIR"
+                f"another process already serves {root}",
+                hint="stop it, or serve another folder: hf-fusion hub serve DIR",
             ) from None
         remove_tree(self.scratch)
         try:
@@ -104,7 +105,7 @@ class Store:
         target = self.root / "quarantine" / f"{kind}-{name.replace('/', '-')}-{time.time_ns()}.git"
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
-        logger.warning("%s %s cannot be read (%s) and was moved to %s", kind, name, error, target)
+        logger.warning("the repo %s/%s cannot be read (%s), so it was moved to %s", kind, name, error, target)
 
     def _path(self, kind: str, name: str) -> Path:
         """The folder of a repo; checks the name, and is the only way in which a name becomes a path.
@@ -120,7 +121,7 @@ class Store:
             or repo_name.endswith((".git", "."))
             or owner.lower() in RESERVED
         ):
-            raise HubError(400, f"{name!r} is not a repo name: owner/name with letters, digits, '-', '_', '.'")
+            raise HubError(400, f"{name!r} is not a repo name: write owner/name with letters, digits, '-', '_' and '.'")
         return self.root / "repos" / kind / owner / f"{repo_name}.git"
 
     def all(self, kind: str) -> list[Repo]:
@@ -174,7 +175,7 @@ class Store:
         with self._lock:
             repos = self._repos[repo.kind]
             if name.lower() in repos or path.exists():
-                raise HubError(409, f"{name} exists already")
+                raise HubError(409, f"{name} already exists")
             path.parent.mkdir(parents=True, exist_ok=True)
             repo.path.rename(path)
             del repos[repo.name.lower()]

@@ -60,7 +60,7 @@ def _derived(repo: Repo, sha: str) -> dict[str, Any]:
     except (HubError, FileNotFoundError):  # deleted meanwhile
         raise
     except Exception:  # one repo must not break the list for everybody
-        logger.warning("the properties of %s at %s cannot be derived", repo.name, sha, exc_info=True)
+        logger.warning("the properties of %s at %s cannot be derived from its files", repo.name, sha, exc_info=True)
         return {"sha": sha, "tags": [], "pipeline_tag": None, "lastModified": stamp(0), "siblings": []}
 
 

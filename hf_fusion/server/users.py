@@ -120,4 +120,4 @@ def _digest(token: str) -> str:
 
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name) or len(name) > 96:
-        raise FusionError(f"{name!r} is not a user name", hint="use letters, digits, '-', '_' and '.'")
+        raise FusionError(f"{name!r} is not a valid user name", hint="use letters, digits, '-', '_' and '.'")

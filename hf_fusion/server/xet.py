@@ -138,7 +138,7 @@ def _authorised(store: Store, request: Request, kind: str, name: str) -> Repo:
 
 def _folder(store: Store, repo: Repo, session: str) -> Path:
     if not SESSION.fullmatch(session):
-        raise HubError(400, f"{session!r} is not an upload")
+        raise HubError(400, f"{session!r} is not the id of an upload")
     return store.scratch / "xet" / f"{repo.kind}-{repo.name.replace('/', '-')}-{session}"
 
 

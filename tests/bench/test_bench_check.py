@@ -84,7 +84,7 @@ def test_gated_repos_and_who_may_read_them(hub, tmp_path):
     assert by_source(check_suite(suite, api=owner))["someone/gated"].status == "there"
     refused = by_source(check_suite(suite, api=api(hub, "else")))["someone/gated"]
     assert refused.status == "gated"
-    assert "accept its terms" in refused.hint
+    assert "accept the terms" in refused.hint
 
 
 def test_unreachable_hub(tmp_path):

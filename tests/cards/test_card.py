@@ -175,7 +175,7 @@ def test_broken_cards_are_not_guessed_at(written, reason):
 
 
 def test_unknown_families_are_named():
-    with pytest.raises(FusionError, match="no card template for model_type 'bert'"):
+    with pytest.raises(FusionError, match="no card template for the model_type 'bert'"):
         render_card(replace(FACTS, family="bert"))
 
 

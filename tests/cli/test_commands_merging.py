@@ -166,7 +166,7 @@ def test_eval_compares_the_merge_to_its_experts(here, folders, tmp_path):
     assert (again.tasks, again.predictors) == (results.tasks, results.predictors)
     assert again.command.endswith("--data renamed.parquet --split test --label-column kind --task-column of")
     results = again
-    with pytest.raises(FusionError, match="merged holds a model already: .*results.json"):
+    with pytest.raises(FusionError, match="merged already contains a model: .*results.json"):
         here("fuse", str(folders / "recipe.yaml"), "-o", "merged")
     assert Results.load(tmp_path / "merged" / "results.json") == results
     here("fuse", str(folders / "recipe.yaml"), "-o", "merged", "--overwrite")

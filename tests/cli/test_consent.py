@@ -416,7 +416,7 @@ def test_consent_does_not_extend_to_a_base_that_only_an_adapter_names(shouting, 
     adapter = tmp_path / "lora"
     shutil.copytree(made / "lora-0", adapter)
     edit(adapter / "adapter_config.json", base_model_name_or_path=str(shouting["llama"]))
-    with pytest.raises(FusionError, match="llama needs its own code to run, and that folder was not named") as caught:
+    with pytest.raises(FusionError, match="llama needs its own code to run, and its folder was not named") as caught:
         load_experts([adapter], trust_remote_code=True)
     assert str(shouting["llama"]) in caught.value.hint
     assert not ran(planter)

@@ -51,7 +51,7 @@ def test_fuse_overwrites_only_with_the_option(method, here, loras, tmp_path):
     (tmp_path / "out" / "results.json").write_text("{}")
     before = content(tmp_path / "out")
     for again in (words, [*words, "--dtype", "float16"]):  # the same recipe, and another
-        with pytest.raises(FusionError, match="out holds a model already: .*results.json") as caught:
+        with pytest.raises(FusionError, match="out already contains a model: .*results.json") as caught:
             here(*again)
         assert "--overwrite" in str(caught.value.hint)
     assert content(tmp_path / "out") == before
@@ -71,7 +71,7 @@ def test_api_overwrites_only_with_the_argument(loras, tmp_path):
         write()
         (tmp_path / name / "README.md").write_text("mine")
         before = content(tmp_path / name)
-        with pytest.raises(FusionError, match=f"{name} holds a model already"):
+        with pytest.raises(FusionError, match=f"{name} already contains a model"):
             write()
         assert content(tmp_path / name) == before
         write(overwrite=True)
@@ -95,7 +95,7 @@ def test_fitted_fuser_is_refitted_only_with_the_option(here, rows, tmp_path):
         here(*words)
     assert before.items() <= content(tmp_path / "fused").items()
     here(*words, "--overwrite")
-    with pytest.raises(FusionError, match="fused holds a model already"):
+    with pytest.raises(FusionError, match="fused already contains a model"):
         here("fuse", "--method", "foe", "--experts", *map(str, folders), "-o", "fused")
 
 
@@ -103,10 +103,10 @@ def test_gates_are_overwritten_only_with_the_option(hub, here, hf_fusion, loras,
     Dataset.from_dict({"prompt": ["Say a", "Say b"], "target": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
     words = ("fit", "gates", str(loras[1]), "--data", "rows.parquet", "--kind", "average")
     before = content(loras[1])
-    with pytest.raises(FusionError, match="lora-0 holds gates already: phatgoose_gates.safetensors"):
+    with pytest.raises(FusionError, match="lora-0 already contains gates: phatgoose_gates.safetensors"):
         here(*words)
     here(*words, "--output", "gates")
-    with pytest.raises(FusionError, match="gates holds gates already"):
+    with pytest.raises(FusionError, match="gates already contains gates"):
         here(*words, "--output", "gates")
     here(*words, "--output", "gates", "--overwrite")
     assert content(loras[1]) == before

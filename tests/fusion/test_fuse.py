@@ -72,7 +72,7 @@ def test_save_and_load(owner, ids, tmp_path):
     (tmp_path / "fused").mkdir()
     (tmp_path / "fused" / "README.md").write_text("by hand")
     (tmp_path / "fused" / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier save")
-    with pytest.raises(FusionError, match="fused holds a model already: model-00001-of-00002.safetensors"):
+    with pytest.raises(FusionError, match="fused already contains a model: model-00001-of-00002.safetensors"):
         save_fused(model, tmp_path / "fused")
     save_fused(model, tmp_path / "fused", overwrite=True)
     read, recipe = load_fused(tmp_path / "fused")
@@ -100,7 +100,7 @@ def test_mistakes(owner, ids, tmp_path):
     with pytest.raises(FusionError, match="no method 'alchemy'") as caught:
         fuse("alchemy", ids, api=owner.api)
     assert "foe" in caught.value.hint
-    with pytest.raises(FusionError, match="Method foe has no parameter 'temperature'"):
+    with pytest.raises(FusionError, match="method foe has no parameter 'temperature'"):
         fuse("foe", ids, temperature=3, api=owner.api)
     with pytest.raises(FusionError, match="does not take weights"):
         fuse_recipe(Recipe("foe", (RecipeExpert(ids[0], 1.0),)), api=owner.api)

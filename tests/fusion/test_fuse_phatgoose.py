@@ -117,7 +117,7 @@ def test_mixed_gates_are_recorded_and_reproduced(folders):
     }.items():
         with pytest.raises(FusionError, match=message):
             fuse("phatgoose", experts, missing_gates={given: folders / "gates"})
-    with pytest.raises(FusionError, match="base holds no gates for bare"):
+    with pytest.raises(FusionError, match="base contains no gates for bare"):
         fuse("phatgoose", experts, missing_gates={"bare": folders / "base"})
     with pytest.raises(FusionError, match="bare has no gates"):  # those that are not named are refused still
         fuse("phatgoose", experts, missing_gates={"average": folders / "gates"})
@@ -197,7 +197,7 @@ MISFITS = {
     "shapes": ({}, narrower, f"bad does not fit its base: {Q0} is 32→32 in the base, 20→32 in the adapter"),
     "rank 0": ({}, without_rank, "bad cannot be fused: r=0: the rank must be at least 1"),
     "huge rank": ({"rank": 500}, None, f"bad: rank 500 of {Q0} is not within 1 and 32"),
-    "a rank that is promised": ({"r": 10**9}, None, "bad: ranks of .* disagree: A .4, 32.*config 1000000000"),
+    "a rank that is promised": ({"r": 10**9}, None, "the ranks of .* disagree: A is .4, 32.*config says 1000000000"),
     "targets": ({}, renamed, "bad does not fit its base: adapts .*queries, which the base does not"),
     "no gates": ({"gates": False}, None, "bad has no gates"),
     "gates of others": ({}, with_other_gates, "bad: .* lacks a gate for"),
@@ -225,7 +225,7 @@ def test_experts_that_cannot_be_together_are_named(folders):
     save_lora(folders / "other", str(wide), hidden=48)
     with pytest.raises(FusionError, match=f"other adapts {wide}, the others {folders / 'base'}"):
         fuse("phatgoose", [folders / "a", folders / "other"])
-    with pytest.raises(FusionError, match="Adapter a does not fit its base"):
+    with pytest.raises(FusionError, match="adapter a does not fit its base"):
         fuse("phatgoose", [folders / "a", folders / "b"], base=wide)
 
 

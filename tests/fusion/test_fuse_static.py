@@ -201,7 +201,7 @@ def test_mistakes(folders):
         fuse("alchemy", experts)
     assert all(name in caught.value.hint for name in [*METHODS, *MERGE_METHODS])
     for options, message in [
-        ({"task": "text-classification"}, "whatever their task"),
+        ({"task": "text-classification"}, "without task"),
         ({"allow_pickle": True}, "safetensors files"),
         ({"weights": [1.0]}, "1 weights for 2 experts"),
         ({"colour": 1}, "linear has no parameter 'colour'"),

@@ -71,13 +71,13 @@ def test_error_says_what_the_folder_holds_instead(tmp_path, saved):
     save_lora(tmp_path / "lora", "me/base")
     cases = {
         "me/fused-model": "no folder.*\n.*hf download me/fused-model",
-        tmp_path / "nowhere": "There is no folder",
+        tmp_path / "nowhere": "there is no folder",
         saved / "foe" / "config.json": "is a file, not the folder",
         tmp_path / "empty": "is empty",
         tmp_path / "notes": "config.json is missing",
-        tmp_path / "recipe": "a recipe without its model.*\n.*hf-fusion fuse",
+        tmp_path / "recipe": "a recipe, but not its model.*\n.*hf-fusion fuse",
         tmp_path / "lora": "a LoRA adapter, not a fused model.*\n.*hf-fusion fuse",
-        "a\0b": "There is no folder",
+        "a\0b": "there is no folder",
     }
     for given, match in cases.items():
         with pytest.raises(FusionError, match=match):
@@ -95,11 +95,11 @@ def test_a_pipe_is_not_read(folder_of):
 def test_a_recipe_of_another_model_is_refused(folder_of, saved):
     folder = folder_of("foe")
     shutil.copy(saved / "wemoe" / "fusion.yaml", folder)
-    with pytest.raises(FusionError, match="says wemoe, config.json 'foe': they are not of one model"):
+    with pytest.raises(FusionError, match="says wemoe, but config.json says 'foe'; they belong to different models"):
         load_fused(folder)
     text = (saved / "foe" / "fusion.yaml").read_text().replace("- me/bert-0\n", "- me/bert-0\n- me/bert-9\n")
     (folder / "fusion.yaml").write_text(text)
-    with pytest.raises(FusionError, match="names 3 experts, config.json 2"):
+    with pytest.raises(FusionError, match="names 3 experts, but config.json names 2"):
         load_fused(folder)
 
 

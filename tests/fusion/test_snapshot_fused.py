@@ -89,14 +89,14 @@ def tokenized(folder: Path) -> str:
     edit_json(
         folder / "tokenizer_config.json", fast_tokenizer_files=[str(folder.parent / "secret" / "tokenizer.4.0.0.json")]
     )
-    return "tokenizer_config.json has fast_tokenizer_files: .*, which lies outside of the model"
+    return "tokenizer_config.json has fast_tokenizer_files: .*, which is outside the model's folder"
 
 
 def worded(folder: Path) -> str:
     """A tokenizer that is made of a file's lines, and would be saved with them."""
     (folder / "tokenizer.json").unlink()
     edit_json(folder / "tokenizer_config.json", vocab=str(folder.parent / "secret" / "config.json"))
-    return "tokenizer_config.json has vocab: .*, which lies outside of the model"
+    return "tokenizer_config.json has vocab: .*, which is outside the model's folder"
 
 
 def mapped(folder: Path) -> str:
@@ -107,7 +107,7 @@ def mapped(folder: Path) -> str:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     named = {"vocab_file": str(folder.parent / "secret" / "config.json")}
     (folder / "special_tokens_map.json").write_text(json.dumps(named))
-    return "special_tokens_map.json has vocab_file: .*, which lies outside of the model"
+    return "special_tokens_map.json has vocab_file: .*, which is outside the model's folder"
 
 
 ATTACKS = {
@@ -208,7 +208,7 @@ def test_a_folder_without_a_model_is_not_pushed(owner, folders):
 def test_a_folders_content_is_not_that_of_a_link(folders):
     (folders / "one" / SINGLE).unlink()
     (folders / "one" / SINGLE).symlink_to("../secret/model.safetensors")
-    with pytest.raises(FusionError, match="outside its model"):
+    with pytest.raises(FusionError, match="outside the model's folder"):
         hash_folder(folders / "one")
 
 

@@ -219,7 +219,10 @@ def test_fit_problems_name_the_module(tmp_path):
             BertConfig(**{**BERT.to_dict(), "num_hidden_layers": 1})
         )
         more_classes = AutoModelForSequenceClassification.from_config(BertConfig(**{**BERT.to_dict(), "num_labels": 7}))
-    assert any("query is 32→32 in the base, 16→16 in the adapter" in problem for problem in fit_problems(adapter, wide))
+    assert any(
+        "query maps 32 to 32 features in the base, 16 to 16 in the adapter" in problem
+        for problem in fit_problems(adapter, wide)
+    )
     assert any("layer.1" in problem and "does not have" in problem for problem in fit_problems(adapter, shallow))
     assert fit_problems(adapter, more_classes) == []  # only the class dimension differs
 
@@ -276,7 +279,7 @@ def test_a_linearized_lora_is_a_lora(tmp_path):
 
 def test_a_linearized_lora_that_starts_elsewhere_is_refused(tmp_path):
     save_linearized(tmp_path, clip().vision_model, OPTIONS, start_b=0.1)
-    with pytest.raises(FusionError, match=r"l-lora was linearised at a B other than 0, in encoder\.layers\.0"):
+    with pytest.raises(FusionError, match=r"l-lora was linearised at a B other than 0 \(encoder\.layers\.0"):
         read_adapter(tmp_path, "l-lora")
 
 
@@ -318,5 +321,5 @@ def test_a_file_of_several_adapters_is_refused(tmp_path):
         {key: tensor.clone() for key, tensor in theirs.state_dict().items() if "lora_" in key},
         tmp_path / "adapter_model.safetensors",
     )
-    with pytest.raises(FusionError, match="me/both holds several adapters: default, other"):
+    with pytest.raises(FusionError, match="me/both contains several adapters: default, other"):
         read_adapter(tmp_path, "me/both")

@@ -133,7 +133,7 @@ def test_base_overrides_whatever_is_recorded(place, anyone, kind, tmp_path, capl
     else:  # once, for both
         [line] = told
         recorded = name.format(owner=place.owner.name) + (f"@{revision}" if revision else "")
-        assert line == f"{', '.join(ids)}: recorded base {recorded}, used base {place.id}@{place.sha}"
+        assert line == f"{', '.join(ids)}: the recorded base is {recorded}, but {place.id}@{place.sha} is used"
     again = fuse("linear", ids, model.fusion_recipe.base, api=anyone)  # as the recipe has it
     assert again.fusion_recipe == model.fusion_recipe
     assert not place.asked("other")
@@ -178,7 +178,7 @@ def test_base_before_a_plus_applies_to_that_adapter_only(place, tmp_path, caplog
         place.id,
     ]
     [record] = [r for r in caplog.records if "recorded base" in r.getMessage()]  # of the other alone
-    assert record.getMessage().startswith(f"{two}: recorded base nobody/other")
+    assert record.getMessage().startswith(f"{two}: the recorded base is nobody/other")
 
 
 @pytest.mark.parametrize("method", ["linear", "lora", "foe"])
@@ -202,7 +202,7 @@ def test_adapters_as_one(place, tmp_path, caplog):
         report = merge(recipe, tmp_path / "out", api=place.api)
     assert report.recipe.base == f"{place.id}@{place.sha}"
     assert not place.asked("other") and not [p for p in place.asked("base") if p.endswith("LFS")]
-    assert "recorded base nobody/other, used base" in caplog.text
+    assert "the recorded base is nobody/other, but" in caplog.text
     base = AutoModelForSequenceClassification.from_pretrained(place.base)
     ours = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
     one, two = (place.peft(number).state_dict() for number in (0, 1))
@@ -243,7 +243,7 @@ def test_families(place, method, given, tmp_path, caplog):
     assert not place.asked("other")
     used = f"{place.id}@{place.sha}" if given == "id" else folder
     [record] = [r for r in caplog.records if "recorded base" in r.getMessage()]
-    assert record.getMessage() == f"{', '.join(ids)}: recorded base nobody/other, used base {used}"
+    assert record.getMessage() == f"{', '.join(ids)}: the recorded base is nobody/other, but {used} is used"
     assert model.fusion_recipe.base == used
     save_fused(model, tmp_path / "fused")
     read, recipe = load_fused(tmp_path / "fused")

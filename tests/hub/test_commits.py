@@ -83,7 +83,7 @@ def shadowed(hub, owner, tmp_path, monkeypatch):
 )
 def test_branch_named_like_a_commit_is_refused(shadowed, ask, form):
     api, repo, asked, given = shadowed
-    with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
+    with pytest.raises(FusionError, match=f"returned commit {given} instead of {asked}"):
         ask(api, f"{repo}@{form(asked)}")
 
 
@@ -93,7 +93,7 @@ def test_the_base_that_an_adapter_records(shadowed, owner, tmp_path):
         tmp_path / "adapter", tmp_path / "mood", labels=("a", "b", "c"), base_name=repo, revision=asked.upper()
     )
     sha = owner.push("adapter", tmp_path / "adapter")
-    with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
+    with pytest.raises(FusionError, match=f"returned commit {given} instead of {asked}"):
         load_experts([f"{owner.name}/adapter@{sha}"], api=api)
     verdict = check_compatibility(discover(ids=[f"{owner.name}/adapter"], api=api), api=api)
     assert given in verdict.table()[0]["rejected"]
@@ -107,7 +107,7 @@ def test_files_of_another_commit(shadowed):
         lambda: read_range(api, repo, "config.json", asked, 0, 10),
         lambda: read_json_file(api, repo, "config.json", asked),
     ):
-        with pytest.raises(FusionError, match=f"returned commit {given} for {asked}"):
+        with pytest.raises(FusionError, match=f"returned commit {given} instead of {asked}"):
             read()
 
 

@@ -82,11 +82,13 @@ def test_base_and_its_revision(judge, owner, tmp_path):
     }
     assert set(judge(adapter, base_model=f"{owner.name}/base", base_revision="b" * 40)) == {ReasonKind.BASE_REVISION}
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="/home/someone/base")
-    assert judge(adapter) == {ReasonKind.BASE: "records '/home/someone/base' as its base"}
+    assert judge(adapter) == {ReasonKind.BASE: "records the base '/home/someone/base', which is not a repo"}
     assert judge(adapter, base_model=f"{owner.name}/base") == {}  # recorded by no adapter: the shapes are compared
     wide = save_bert(tmp_path / "wide", auto=AutoModel, config=BertConfig(**{**BERT.to_dict(), "hidden_size": 32}))
     owner.push("wide", wide)
-    assert "query is 32→32 in the base" in judge(adapter, base_model=f"{owner.name}/wide")[ReasonKind.SHAPES]
+    assert (
+        "query maps 32 to 32 features in the base" in judge(adapter, base_model=f"{owner.name}/wide")[ReasonKind.SHAPES]
+    )
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="nobody/nothing")
     assert "nobody/nothing was not found" in judge(adapter)[ReasonKind.BASE]
 
@@ -98,7 +100,7 @@ def test_shapes_of_a_full_model(judge, tmp_path):
     edit_json(folder / "config.json", intermediate_size=24, num_hidden_layers=1)
     assert "layer.1" in judge(folder)[ReasonKind.SHAPES]
     edit_json(folder / "config.json", num_hidden_layers=10**9)
-    assert "promises num_hidden_layers=1000000000" in judge(folder)[ReasonKind.ARCHITECTURE]
+    assert "has num_hidden_layers=1000000000" in judge(folder)[ReasonKind.ARCHITECTURE]
     edit_json(folder / "config.json", num_hidden_layers=2)
     tensors = load_file(folder / "model.safetensors")
     del tensors["classifier.weight"]
@@ -111,11 +113,11 @@ def test_shapes_of_an_adapter(judge, owner, tmp_path):
     wide = save_bert(tmp_path / "wide", auto=AutoModel, config=BertConfig(**{**BERT.to_dict(), "hidden_size": 32}))
     owner.push("wide", wide)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=f"{owner.name}/wide", revision=None)
-    assert "query is 32→32 in the base, 16→16 in the adapter" in judge(adapter)[ReasonKind.SHAPES]
+    assert "query maps 32 to 32 features in the base, 16 to 16 in the adapter" in judge(adapter)[ReasonKind.SHAPES]
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=f"{owner.name}/base")
     path = adapter / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "lora" in key}, path)
-    assert "classifier.bias is neither in it nor in its base" in judge(adapter)[ReasonKind.SHAPES]
+    assert "classifier.bias is in neither the adapter nor its base" in judge(adapter)[ReasonKind.SHAPES]
 
 
 def test_mismatched_base_is_not_requested(judge, owner, hub, tmp_path):
@@ -164,14 +166,14 @@ def test_merging_needs_a_recorded_base(judge, owner, tmp_path):
     how = {"base_model": base, "merging": True}
     tuned = save_bert(tmp_path / "tuned", seed=1, card=card)
     assert judge(tuned, **how) == {}
-    assert judge(tuned, merging=True) == {ReasonKind.BASE: "is a full model"}
+    assert judge(tuned, merging=True) == {ReasonKind.BASE: "is a full model of unknown base"}
     assert judge(save_bert(tmp_path / "stray", card=CARD), **how) == {
         ReasonKind.BASE: f"was made from an unknown base, not {base}"
     }
     adapter = based(owner, tmp_path / "adapted")
     assert judge(adapter, **how) == {}
     for name, change, found in [
-        ("words", {"vocab_size": 9}, "embeddings.word_embeddings.weight is [9, 16], in the base [8, 16]"),
+        ("words", {"vocab_size": 9}, "embeddings.word_embeddings.weight has shape [9, 16], but [8, 16] in the base"),
         ("deep", {"num_hidden_layers": 3}, "has 16 tensors that the base does not have, first bert.encoder.layer.2"),
         ("shallow", {"num_hidden_layers": 1}, "lacks 16 tensors of the base, first bert.encoder.layer.1"),
     ]:
@@ -247,7 +249,7 @@ def test_gated(judge, owner, anyone, tmp_path):
     (rejected,) = check_compatibility([info], api=anyone).rejected
     (reason,) = rejected.reasons
     assert reason.kind is ReasonKind.GATED
-    assert "accept its terms" in reason.remedy
+    assert "accept the terms" in reason.remedy
     assert check_compatibility([info], api=owner.api).accepted == [info]
 
 

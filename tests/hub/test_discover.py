@@ -163,9 +163,9 @@ def test_broken_files_do_not_stop_it(owner, tmp_path):
 
 
 def test_errors_name_the_next_step(owner):
-    with pytest.raises(FusionError, match="Nothing narrows the search"):
+    with pytest.raises(FusionError, match="nothing narrows the search"):
         discover(tags=None, api=owner.api)
     with pytest.raises(FusionError, match="nobody/nothing was not found"):
         discover(ids=["nobody/nothing"], api=owner.api)
-    with pytest.raises(FusionError, match="Collection nobody/none-0123456789abcdef01234567 was"):
+    with pytest.raises(FusionError, match="collection nobody/none-0123456789abcdef01234567 was"):
         discover(collection="nobody/none-0123456789abcdef01234567", api=owner.api)

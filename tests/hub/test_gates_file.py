@@ -71,7 +71,7 @@ def test_save_replaces_the_file_or_keeps_it(irony):
         with pytest.raises(FusionError, match="gate"):
             save_gates(bad, irony)
     assert (irony / GATES_FILE).read_bytes() == before
-    with pytest.raises(FusionError, match="irony holds gates already"):
+    with pytest.raises(FusionError, match="irony already contains gates"):
         save_gates(gates(1), irony)
     assert (irony / GATES_FILE).read_bytes() == before
     save_gates(gates(1), irony, overwrite=True)
@@ -160,7 +160,7 @@ def test_push_adds_file_tag_and_paragraph_only(owner, anyone, irony):
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata == {"license": "mit", "tags": ["phatgoose-gates", "irony", "peft"], "base_model": "me/base"}
     assert "in 100 steps on 1,600 examples" in card
-    assert "1.250, became 0.300" in card
+    assert "1.250 with half-open gates and 0.300 after training" in card
 
     (expert,) = load_experts([f"{repo}@{pushed.sha}"], base=irony.parent / "base", api=owner.api)
     assert expert.gates.facts == FACTS
@@ -244,7 +244,7 @@ def test_concurrent_push_is_not_lost(hub, owner, irony):
     api = Overtaken(endpoint=hub.endpoint, token=hub.token(owner.name))
     with pytest.raises(FusionError, match="refused") as error:
         push_gates(gates(), repo, api=api)
-    assert "run it again" in error.value.hint
+    assert "run the command again" in error.value.hint
     push_gates(gates(), repo, api=api)
     card = remote(owner, "irony", "README.md").decode()
     assert "By another hand." in card

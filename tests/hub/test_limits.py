@@ -151,7 +151,7 @@ def check(types, count):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured as Linux tells it")
 def test_oversized_configurations():
     said = [row[3] for row in check(FEW, 0)]
-    assert "it: config.json promises max_position_embeddings=1000000000, the weights are 300 tensors." in said
+    assert "it: config.json has max_position_embeddings=1000000000, implausible for 300 tensors" in said
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_patterns_as_peft_reads_them(pattern, matches):
         (b"[" * 1_000_000, "nested too deeply"),
         (b'{"a": ' * 1_000_000, "nested too deeply"),
         (b"[" + b"0," * 3_000_000 + b"0]", "3,000,001 values"),
-        (b'"' + b"a" * (40 << 20) + b'"', "no such file is larger"),
+        (b'"' + b"a" * (40 << 20) + b'"', "more than the limit"),
         (b"1" * 5_000, "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"", "cannot be read"),
@@ -264,8 +264,8 @@ def test_a_header_larger_than_its_file(owner, tmp_path):
     [reason] = (
         check_compatibility(discover(ids=[f"{owner.name}/mood"], api=owner.api), api=owner.api).rejected[0].reasons
     )
-    assert "names more tensors than it holds" in reason.detail
-    with pytest.raises(FusionError, match="names more tensors than it holds"):
+    assert "implausibly long for a file" in reason.detail
+    with pytest.raises(FusionError, match="implausibly long for a file"):
         load_experts([folder])
 
 

@@ -127,7 +127,7 @@ def test_local_base_path_of_a_hub_adapter_is_not_opened(owner, tmp_path):
     base = save_bert(tmp_path / "base", auto=AutoModel)
     save_adapter(tmp_path / "irony", base)
     owner.push("irony", tmp_path / "irony")
-    with pytest.raises(FusionError, match=rf"irony records '{base}' as its base") as caught:
+    with pytest.raises(FusionError, match=rf"irony records the base '{base}', which is neither") as caught:
         load_experts([f"{owner.name}/irony"], api=owner.api)
     assert "base=" in caught.value.hint
     (expert,) = load_experts([f"{owner.name}/irony"], base=base, api=owner.api)

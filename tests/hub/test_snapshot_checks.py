@@ -69,7 +69,7 @@ def linked(name: str):
             secret.write_text("{}")
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(secret)
-        return f"{folder / name} is a link to {secret}, outside its model"
+        return f"{folder / name} is a link to {secret}, outside the model's folder"
 
     return attack
 
@@ -88,14 +88,14 @@ def chained(folder: Path) -> str:
     (folder / SINGLE).symlink_to("other.safetensors")
     (folder / "other.safetensors").symlink_to("../link")
     (folder.parent / "link").symlink_to("secret/model.safetensors")
-    return "is a link to .*secret/model.safetensors, outside its model"
+    return "is a link to .*secret/model.safetensors, outside the model's folder"
 
 
 def linked_shard(folder: Path) -> str:
     sharded(folder, SHARD)
     (folder / SHARD).unlink()
     (folder / SHARD).symlink_to("../secret/model.safetensors")
-    return f"{SHARD} is a link to .*secret/model.safetensors, outside its model"
+    return f"{SHARD} is a link to .*secret/model.safetensors, outside the model's folder"
 
 
 def configured(file: str, **fields):
@@ -104,7 +104,7 @@ def configured(file: str, **fields):
         own = json.loads(json.dumps(fields).replace("SECRET", str(folder.parent / "secret")))
         (folder / file).write_text(json.dumps(content | own))
         shutil.copy(folder.parent / "secret" / "tokenizer.json", folder.parent / "secret" / "tokenizer.4.0.0.json")
-        return f"{file} has {next(iter(fields))}: .*, which lies outside of the model"
+        return f"{file} has {next(iter(fields))}: .*, which is outside the model's folder"
 
     return attack
 
@@ -113,7 +113,7 @@ def named(path: str):
     def attack(folder: Path) -> str:
         rows = [{"idx": 0, "name": "0", "path": path.format(secret=folder.parent / "secret"), "type": "x.Transformer"}]
         (folder / "modules.json").write_text(json.dumps(rows))
-        return "modules.json names .*, which is not a folder within the model"
+        return "modules.json names .*, which is not a folder inside the model"
 
     return attack
 
@@ -318,7 +318,7 @@ def test_the_base_that_an_adapter_on_the_hub_records_is_a_repo(base, owner, fold
         lambda: load_experts([repo], api=owner.api),
         lambda: fuse("linear", [repo, folders / "two"], api=owner.api),
     ):
-        with pytest.raises(FusionError, match="(records .* as its base|me/secret was not found|secret was not found)"):
+        with pytest.raises(FusionError, match="(records the base .*|me/secret was not found|secret was not found)"):
             run()
 
 

@@ -154,7 +154,7 @@ def test_paths_that_leave_the_model_are_refused_by_name(tmp_path, path):
     rows[1]["path"] = path
     (made / "modules.json").write_text(json.dumps(rows))
     recipe = Recipe("linear", (RecipeExpert(str(made)), RecipeExpert(str(made))))
-    refused("made: modules.json names .*, which is not a folder within the model", recipe, tmp_path)
+    refused("made: modules.json names .*, which is not a folder inside the model", recipe, tmp_path)
 
 
 def test_folders_and_files_that_are_links_are_refused(tmp_path):
@@ -162,7 +162,7 @@ def test_folders_and_files_that_are_links_are_refused(tmp_path):
     recipe = Recipe("linear", (RecipeExpert(str(made)), RecipeExpert(str(made))))
     (tmp_path / "secret.json").write_text("{}")
     (made / "1_Pooling" / "more.json").symlink_to(tmp_path / "secret.json")
-    refused("more.json is a link to .*secret.json, outside its model", recipe, tmp_path)
+    refused("more.json is a link to .*secret.json, outside the model's folder", recipe, tmp_path)
     (made / "1_Pooling" / "more.json").unlink()
     (made / "1_Pooling").rename(tmp_path / "elsewhere")
     (made / "1_Pooling").symlink_to(tmp_path / "elsewhere")

@@ -74,7 +74,7 @@ def test_link_is_followed_only_within_its_folder(folder):
     assert all(own_file(folder / name, folder) for name in ("config.json", "beside.json", "below.json", "chain.json"))
     assert not own_file(folder / "circle.json", folder) and not own_file(folder / "none.json", folder)
     for name in ("out.json", "far.json"):
-        what = f"{folder / name} is a link to {folder.parent / 'secret.json'}, outside its model"
+        what = f"{folder / name} is a link to {folder.parent / 'secret.json'}, outside the model's folder"
         for read in (own_file, open_file, read_file, read_text):
             with pytest.raises(FusionError, match=what):
                 read(folder / name, folder)
@@ -131,7 +131,7 @@ def test_cache_blob_that_links_outside_is_refused(target, tmp_path):
     etag.symlink_to(target)
     (etag.parent / target).parent.mkdir(parents=True, exist_ok=True)
     (etag.parent / target).resolve().write_text("secret")
-    with pytest.raises(FusionError, match="is a link to .*, outside its model"):
+    with pytest.raises(FusionError, match="is a link to .*, outside the model's folder"):
         check_snapshot(snapshot, "me/one")
 
 
@@ -140,7 +140,7 @@ def test_blobs_folder_that_links_outside_is_refused(tmp_path):
     blobs = snapshot.parent.parent / "blobs"
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FusionError, match="outside its model"):
+    with pytest.raises(FusionError, match="outside the model's folder"):
         read_file(snapshot / "config.json")
 
 
@@ -176,13 +176,13 @@ def test_pipes_sockets_and_devices_are_refused_at_once(special, folder):
 def test_growing_file(folder):
     file = folder / "vocab.json"
     file.write_text("{}")
-    with growing(file), soon(20), pytest.raises(FusionError, match=r"vocab.json (grows while it is read|has .* bytes)"):
+    with growing(file), soon(20), pytest.raises(FusionError, match=r"vocab.json (grew while it was read|has .* bytes)"):
         while True:
             read_file(file)
 
 
 def test_file_with_a_wrong_reported_size():
-    with pytest.raises(FusionError, match="grows while it is read"):
+    with pytest.raises(FusionError, match="grew while it was read"):
         read_file(Path("/proc/self/status"), Path("/proc"))
 
 
@@ -191,7 +191,7 @@ def test_folder_that_is_being_written(folder):
         (folder / f"tokenizer{number}.index.json").write_text('{"weight_map": {"a": "b"}}')
     file = folder / "vocab.json"
     file.write_text("{}")
-    with growing(file), soon(20), pytest.raises(FusionError, match=r"vocab.json (changes while|has .* bytes)"):
+    with growing(file), soon(20), pytest.raises(FusionError, match=r"vocab.json (changed while|has .* bytes)"):
         while True:
             check_snapshot(folder, "model")
 
@@ -201,7 +201,7 @@ def test_a_file_larger_than_any(folder):
         stream.truncate(1 << 40)  # a hole
     with soon(), pytest.raises(FusionError, match=r"tokenizer.json has 1,099,511,627,776 bytes"):
         read_file(folder / "tokenizer.json")
-    with soon(), pytest.raises(FusionError, match=r"tokenizer.json has 1,099,511,627,776 bytes: only weights"):
+    with soon(), pytest.raises(FusionError, match=r"tokenizer.json has 1,099,511,627,776 bytes, but only weights"):
         check_snapshot(folder, "model")
 
 
@@ -226,7 +226,7 @@ def test_a_file_that_is_replaced_by_a_link_while_it_is_opened(folder):
             try:
                 read.add(read_file(file))
             except FusionError as error:
-                assert "secret" not in error.message or "outside its model" in error.message
+                assert "secret" not in error.message or "outside the model's folder" in error.message
     finally:
         done.set()
         thread.join()
@@ -274,7 +274,7 @@ def test_a_configuration_that_names_a_file_outside(file, key, value, folder):
     value = [path] if key.endswith("s") else path
     content = {"nested": [{key: value}]}
     (folder / file).write_text(json.dumps(content))
-    with pytest.raises(FusionError, match=f"model: {file} has {key}: .*, which lies outside of the model"):
+    with pytest.raises(FusionError, match=f"model: {file} has {key}: .*, which is outside the model's folder"):
         check_snapshot(folder, "model")
 
 

@@ -162,7 +162,7 @@ def test_rows_of_a_file_are_opened_within_limits(hostile_rows):
         concatenate_datasets([rows, rows]),
     ):
         with pytest.raises(
-            FusionError, match="^the picture in row 2 of the data set, counted from 0, cannot be read: it"
+            FusionError, match="^the picture in row 2 of the data set .counted from 0. cannot be read: it"
         ):
             list(changed["image"])
 

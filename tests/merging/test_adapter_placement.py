@@ -258,12 +258,12 @@ MISFITS = {
     ),
     "another width": (
         ("BertModel", BertConfig(vocab_size=32, **{**SIZES, "hidden_size": 8})),
-        r"1: bert\.encoder.*query is \[8, 8\] in .*base, the update is \[16, 16\]",
+        r"1: bert\.encoder.*query has shape \[8, 8\] in .*base, but the update has \[16, 16\]",
     ),
     "fewer layers": (
         ("BertModel", BertConfig(vocab_size=32, **{**SIZES, "num_hidden_layers": 1})),
-        r"1 adapts bert\.encoder\.layer\.1\.attention\.self\.query, which .*base \(BertModel\) does not have: it was "
-        "trained on a BertForSequenceClassification",
+        r"1 adapts bert\.encoder\.layer\.1\.attention\.self\.query, which .*base \(BertModel\) does not have; the "
+        "adapter was trained on a BertForSequenceClassification",
     ),
 }
 
@@ -286,7 +286,7 @@ def test_layer_missing_in_both_models_is_refused(tmp_path):
     base = save_base(tmp_path / "base", "BertForMaskedLM", BERT)
     settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
     save_adapter(tmp_path / "1", base, "BertForSequenceClassification", **settings)
-    with pytest.raises(FusionError, match=r"whose bert\.pooler\.dense\.weight is neither in it nor in"):
+    with pytest.raises(FusionError, match=r"whose bert\.pooler\.dense\.weight is in neither the adapter nor"):
         merged(tmp_path / "out", tmp_path / "1")
 
 
@@ -330,6 +330,6 @@ def test_experts_of_a_mixture_that_transformers_stacks(tmp_path):
         outputs(merged(tmp_path / "out", folder), IDS), outputs(theirs, IDS), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(
-        FusionError, match=r"experts\.0\.w1, which is a part of model\.layers\.0\.mlp\.experts\.gate_up_proj"
+        FusionError, match=r"experts\.0\.w1, which is part of model\.layers\.0\.mlp\.experts\.gate_up_proj"
     ):
         load_experts([folder])

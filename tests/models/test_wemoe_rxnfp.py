@@ -95,5 +95,5 @@ def test_other_storages_stay_near_the_exact_one(folders, options):
 
 
 def test_a_classifier_beside_features_is_named(folders):
-    with pytest.raises(FusionError, match="no model class for architecture none"):
+    with pytest.raises(FusionError, match="config.json names no architecture"):
         fuse("wemoe", [folders / "fingerprints"], base=folders / "base", allow_pickle=True)

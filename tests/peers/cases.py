@@ -29,7 +29,7 @@ class Case:
         experts: which are merged.
         base: whether the base is given.
         own: parameters of each expert.
-        slices: of ours, where layers are taken: (first, behind the last).
+        slices: of ours, where layers are taken: (first layer, layer after the last).
         tolerance: the largest difference that is no disagreement, as a share of the largest step from the base.
         outliers: the share of elements that may be farther off: sums of opposite entries whose sign is rounding.
         random: entries are dropped at random: those that both kept are compared, and the shares that are kept.

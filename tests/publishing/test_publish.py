@@ -175,7 +175,7 @@ def test_experts_must_be_pinned_and_there(owner, ids, fused):
     recipe = Recipe.load(fused)
     loose = Recipe("foe", (RecipeExpert(ids[0]), recipe.experts[1]), base=f"{owner.name}/base")
     loose.save(fused / "fusion.yaml")
-    with pytest.raises(FusionError, match=f"No commit .* named for: {ids[0]}, {owner.name}/base"):
+    with pytest.raises(FusionError, match=f"not pinned to a commit on the Hub: {ids[0]}, {owner.name}/base"):
         plan(fused, f"{owner.name}/mood", api=owner.api)
     recipe.save(fused / "fusion.yaml")
     owner.api.delete_repo(ids[0])
@@ -206,7 +206,7 @@ def test_results_beside_the_model(owner, fused):
 def test_mistakes(owner, fused, tmp_path, anyone):
     with pytest.raises(FusionError, match="'mood' is not a repo id"):
         plan(fused, "mood", api=owner.api)
-    with pytest.raises(FusionError, match="holds no model"):
+    with pytest.raises(FusionError, match="contains no model"):
         plan(tmp_path, f"{owner.name}/mood", api=owner.api)
     with pytest.raises(FusionError) as caught:
         publish(fused, "somebody-else/mood", api=owner.api)
@@ -230,7 +230,7 @@ def test_concurrent_pushes_lose_nothing(owner, fused):
 
     with pytest.raises(FusionError) as caught:
         push(planned, Racing(endpoint=owner.api.endpoint, token=owner.api.token))
-    assert "run it again" in caught.value.hint
+    assert "run the command again" in caught.value.hint
     assert push(planned, owner.api).sha
     assert "other.txt" in owner.api.list_repo_files(repo)
 

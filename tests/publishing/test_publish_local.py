@@ -138,15 +138,15 @@ def test_changed_expert_folder_is_detected(owner, place, tmp_path):
         before in owner.api.hf_hub_download(repo, "fusion.yaml")
         or before.encode() in texts_of(owner, repo)["fusion.yaml"]
     )
-    with pytest.raises(FusionError, match="bert-0 was changed after the model was made of it"):
+    with pytest.raises(FusionError, match="bert-0 was changed after the model was made from it"):
         publish(fused, repo, push_experts=True, api=owner.api)
     merged = fused_from("streamed", tmp_path / "others", tmp_path / "merged")
     plan(merged, f"{owner.name}/merged", api=owner.api)
     save_bert(tmp_path / "others" / "bert-1", 9, card="license: mit")
-    with pytest.raises(FusionError, match="bert-1 was changed after .*merged was made of it"):
+    with pytest.raises(FusionError, match="bert-1 was changed after .*merged was made from it"):
         plan(merged, f"{owner.name}/merged", api=owner.api)
     shutil.rmtree(tmp_path / "others" / "bert-1")
-    with pytest.raises(FusionError, match="bert-1, which .*merged was made of, does not exist"):
+    with pytest.raises(FusionError, match="bert-1, which .*merged was made from, does not exist"):
         plan(merged, f"{owner.name}/merged", api=owner.api)
 
 
@@ -160,7 +160,9 @@ def test_two_folders_of_one_name_and_repos_that_hold_another(owner, place, tmp_p
         check_publish(model.fusion_recipe, f"{owner.name}/mood", push_experts=True, api=owner.api)
     owner.push("bert-0", save_bert(tmp_path / "else", 5))
     fused = fused_from("foe", place, tmp_path / "fused")
-    with pytest.raises(FusionError, match=f"{owner.name}/bert-0 has model.safetensors, and differs from"):
+    with pytest.raises(
+        FusionError, match=f"{owner.name}/bert-0 already contains model.safetensors, and its files differ from"
+    ):
         publish(fused, f"{owner.name}/mood", push_experts=True, api=owner.api)
     assert not owner.api.repo_exists(f"{owner.name}/mood")
 
@@ -169,7 +171,9 @@ def test_another_model_is_not_replaced_unasked(owner, place, tmp_path):
     repo = f"{owner.name}/mood"
     fused = fused_from("foe", place, tmp_path / "fused")
     owner.push("mood", save_bert(tmp_path / "else", 5))
-    with pytest.raises(FusionError, match=f"{repo} holds another model, which is not a fused model") as caught:
+    with pytest.raises(
+        FusionError, match=f"{repo} already contains another model, which is not a fused model"
+    ) as caught:
         plan(fused, repo, api=owner.api)
     assert "--overwrite" in str(caught.value.hint)
     publish(fused, repo, overwrite=True, api=owner.api)

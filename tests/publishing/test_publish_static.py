@@ -116,7 +116,7 @@ def test_merge_in_memory_is_published(owner, ids, tmp_path):
     assert weights == (streamed.folder / "model.safetensors").read_bytes()
     assert publish(streamed.folder, done.repo_id, api=owner.api).repo_id == done.repo_id
     loose = fuse("linear", [load_fused(streamed.folder)[0], ids[1]], api=owner.api)
-    with pytest.raises(FusionError, match="No commit on the Hub is named for: expert-0"):
+    with pytest.raises(FusionError, match="not pinned to a commit on the Hub: expert-0"):
         publish(loose, f"{owner.name}/loose", api=owner.api)
 
 
@@ -155,8 +155,8 @@ def test_unpublishable_recipe_is_refused_before_the_merge(hub, owner, anyone, id
         (recipe, "mood", owner.api, "'mood' is not a repo id"),
         (recipe, f"{owner.name}/-mood--", owner.api, "is not a valid repo id"),
         (closed, f"{owner.name}/shown", owner.api, "shown is public.*/closed"),
-        (replace(recipe, base=f"{owner.name}/silent"), mine, owner.api, "cannot be computed: .*silent"),
-        (recipe, ids[0], owner.api, f"{ids[0]} holds another model, which is not a fused model"),
+        (replace(recipe, base=f"{owner.name}/silent"), mine, owner.api, "cannot be determined from: .*silent"),
+        (recipe, ids[0], owner.api, f"{ids[0]} already contains another model, which is not a fused model"),
         (replace(recipe, base=f"{owner.name}/gone"), mine, owner.api, "gone was not found"),
     ]:
         with pytest.raises(FusionError, match=message):

@@ -135,14 +135,14 @@ def test_add_user_beside_a_running_server_and_without_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-x", ".x", "a..b", "x" * 97, "a b", "é"])
 def test_user_names(tmp_path, name):
-    with pytest.raises(FusionError, match="is not a user name"):
+    with pytest.raises(FusionError, match="is not a valid user name"):
         add_user(tmp_path, name)
     assert not list(tmp_path.glob("**/users.json"))
 
 
 def test_one_server_per_folder_and_per_port(tmp_path):
     with HubServer(tmp_path / "a") as hub:
-        with pytest.raises(FusionError, match="another Hub serves"):
+        with pytest.raises(FusionError, match="another process already serves"):
             HubServer(tmp_path / "a").start()
         with pytest.raises(FusionError, match="cannot listen"):
             HubServer(tmp_path / "b", port=hub.port).start()

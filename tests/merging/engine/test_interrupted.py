@@ -228,7 +228,9 @@ def test_files_that_may_not_grow(processes, recipe, tmp_path):
     message, hint = ours.recv()
     process.join(30)
     assert (
-        "cannot be written: no file may be that large there (File too large)" in message
+        "cannot be written: the file is larger than the file system or the limit of this process allows"
+        " (File too large)"
+        in message
         and "choose another --output" in hint
     )
     assert list(tmp_path.iterdir()) == []

@@ -60,9 +60,9 @@ WRONG = {
     "modules: {default: {}}": "modules.default needs either models or slices",
 }
 SLICES = {
-    "layer_range: [2, 2]": r"slices\[0\].sources\[0\].layer_range is \[2, 2\], expected \[first, behind the last\]",
+    "layer_range: [2, 2]": r"sources\[0\].layer_range is .2, 2., expected \[first layer, layer after the last\]",
     "layer_range: [0.0, 2.0]": r"layer_range\[0\] is 0.0, expected a whole number",
-    "layer_range: [0, 3]": r"slices\[0\] takes unlike numbers of layers",
+    "layer_range: [0, 3]": r"slices\[0\] takes different numbers of layers",
     "layer_range: [0, 2], residual: 1": r"sources\[0\].residual is not a supported key",
 }
 
@@ -89,9 +89,9 @@ def test_slices_that_are_not_valid_are_named(change, tmp_path):
 
 def test_a_recipe_that_is_not_one_document(tmp_path):
     for text, message in {
-        f"{GOOD}---\n{GOOD}": "holds 2 merges that may depend on each other, as for mergekit-multi",
-        "a: 1\n---\nb: 2\n---\n": "holds 3 YAML documents instead of one",
-        f"{GOOD}dtype: float32\n": "'dtype' is there twice",
+        f"{GOOD}---\n{GOOD}": "contains 2 merges, as for mergekit-multi",
+        "a: 1\n---\nb: 2\n---\n": "contains 3 YAML documents instead of one",
+        f"{GOOD}dtype: float32\n": "'dtype' occurs twice",
         "merge_method: linear\nmodels: &all [*all]\n": "not valid YAML",
     }.items():
         with pytest.raises(FusionError, match=message):
