@@ -1,6 +1,6 @@
-"""Four tasks on the digits, each on paper of its own, and the fine-tunes of one small ViT that learned them.
+"""Four tasks on the digits, each with its own colours, and the fine-tunes of one small ViT that learned them.
 
-The pictures are made from the images of `digits()`, which come with PyPI packages, and always alike.
+The pictures are made from the images of `digits()`, which come with PyPI packages, and are the same every time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DigitTask:
 
 
 def _turn(images: Sequence[Image], index: int, rng: np.random.Generator) -> tuple[Image, int]:
-    """By quarters against the clock."""
+    """Turns by a multiple of 90°, counter-clockwise."""
     from PIL import Image
 
     turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)

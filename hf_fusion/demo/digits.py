@@ -201,7 +201,7 @@ _MISFITS: dict[str, tuple[str, str, Callable[[Path], None], dict[str, Any]]] = {
     "regnet-closed-loops": ("regnet-closed-loops", "its labels are not digits", _keep, {}),
     "vit-tiny-pickle": ("vit-tiny-digits", "its weights are a pickle", _save_as_pickle, {}),
     "vit-tiny-voting": ("vit-tiny-digits", "it needs its own code", _add_code, {}),
-    "swin-scans-gated": ("swin-scans-low", "its files need an accepted agreement", _keep, {"gated": "manual"}),
+    "swin-scans-gated": ("swin-scans-low", "its files are gated", _keep, {"gated": "manual"}),
     "convnextv2-digits-wide": ("convnextv2-digits-even", "its weights disagree with its config", _change_shapes, {}),
-    "regnet-lookalikes-nan": ("regnet-digits-lookalikes", "a weight is not a number", _write_nan, {}),
+    "regnet-lookalikes-nan": ("regnet-digits-lookalikes", "a weight is NaN", _write_nan, {}),
 }

@@ -113,9 +113,11 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
     ]
     rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
     out.table(
-        accepted, title=f"{len(accepted)} fit, by their configs and the headers of their weights", human_only=True
+        accepted,
+        title=f"{len(accepted)} are compatible, by their configs and the headers of their weights",
+        human_only=True,
     )
-    out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
+    out.table(rejected, title=f"{len(rejected)} are not", human_only=True)
 
 
 def _fuse_fit_measure(
@@ -133,10 +135,10 @@ def _fuse_fit_measure(
     model = fuse("foe", experts, label_maps=maps, labels=list(DIGITS))
     out.log(f"      fused {len(experts)} experts, {model.num_parameters() / 1e6:.1f} million parameters")
     train, test = _rows(workspace, "train"), _rows(workspace, "test")
-    out.log(f"      running them on {len(train):,} images to fit on and {len(test):,} to measure on …")
+    out.log(f"      running them on {len(train):,} images for fitting and {len(test):,} for evaluation …")
     fit = fit_fuser(model, train, frugal=True, seed=seed)
     out.log(
-        f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} more told when to stop"
+        f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} others said when to stop"
     )
     results = evaluate(model, test, name=DATA, command="hf-fusion demo")
     fused = save_fused(model, workspace.folder / NAME, overwrite=True)
@@ -160,7 +162,7 @@ def _load(workspace: Workspace, verdict: Compatibility, out: Out) -> list[Expert
 
 
 def _rows(workspace: Workspace, split: str) -> Dataset:
-    """The images to fit on ("train") or to measure on ("test"), kept as parquet for the commands one may type next."""
+    """The images to fit on ("train") or to evaluate on ("test"), saved for the commands that are printed at the end."""
     from hf_fusion.data import load_rows
 
     folder = workspace.folder / "data"
@@ -176,7 +178,7 @@ def _comparison(results: Results) -> list[str]:
     """The comparison in words."""
     against = {"the best expert": results.best("expert"), **{f"the {name}": results[name] for name in RIVALS}}
     foe, frugal = results.best("fused").only_score.score, results.best("frugal")
-    gains = [f"{100 * (foe - other.only_score.score):+.1f} points on {name}" for name, other in against.items()]
+    gains = [f"{100 * (foe - other.only_score.score):+.1f} points over {name}" for name, other in against.items()]
     return [
         f"FoE {foe:.1%}: {', '.join(gains)}",
         f"frugal {frugal.only_score.score:.1%} at {frugal.cost:.0%} of the cost",
@@ -225,7 +227,7 @@ def _show_next(workspace: Workspace, fused: Path, out: Out) -> None:
     )
     files = {
         relative_path(fused): f"the model, its recipe, results.json and {PICTURE}",
-        data: "the images it was fitted on (train) and measured on (test)",
+        data: "the images that it was fitted on (train) and evaluated on (test)",
     }
     commands = [
         f"hf-fusion eval {relative_path(fused)} --data {data}",

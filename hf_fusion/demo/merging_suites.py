@@ -80,7 +80,7 @@ def trained_experts(suite: MergingSuite, folder: Path | None = None) -> tuple[Pa
 
     Args:
         suite: one of `SUITES`.
-        folder: where they lie; default `experts_folder(suite)`.
+        folder: where they are; default: `experts_folder(suite)`.
 
     Raises:
         FusionError: one of them is not trained yet, or the base's wheel is not installed.
@@ -91,6 +91,6 @@ def trained_experts(suite: MergingSuite, folder: Path | None = None) -> tuple[Pa
     if missing := [path.name for path in (base, *experts.values()) if not path.is_dir()]:
         raise FusionError(
             f"{suite.name} is not trained yet: {folder} lacks {', '.join(missing)}",
-            hint=f"python examples/train_experts.py --data DIR --suite {suite.name} --output {folder.parent}",
+            hint=f"train it: python examples/train_experts.py --data DIR --suite {suite.name} --output {folder.parent}",
         )
     return base, experts

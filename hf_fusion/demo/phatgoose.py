@@ -67,22 +67,28 @@ def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
         verdict = _discover(workspace)
         _show_verdict(verdict, out)
 
-    with out.step(4, STEPS, f"Train gates for {WITHOUT_GATES}, and push them into its repo"):
+    with out.step(4, STEPS, f"Train gates for {WITHOUT_GATES}, and push them to its repo"):
         _add_gates(workspace, verdict, out, seed)
 
-    with out.step(5, STEPS, "Fuse and measure"):
+    with out.step(5, STEPS, "Fuse and evaluate"):
         model, results, routing, fused = _fuse_and_measure(workspace, out)
         count = len(results.tasks)
-        out.table(_scores(results), title=f"Right answers on {count} tasks of {TESTED} questions each", human_only=True)
+        out.table(
+            _scores(results), title=f"Correct answers in % on {count} tasks of {TESTED} questions each", human_only=True
+        )
         for line in _comparison(results, routing):
             out.log(f"      {line}")
 
     with out.step(6, STEPS, f"Publish as {workspace.repo(NAME)}"):
         published = publish_to(workspace, fused, NAME, out)
 
-    with out.step(7, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
+    with out.step(7, STEPS, "Run it in a fresh process without hf_fusion and peft"):
         identical = _compare_with_fresh_process(workspace, model, published.repo_id, published.sha, out)
-        out.table(_answer_table(model), title="Experts of each token of the first answer, in %", human_only=True)
+        out.table(
+            _answer_table(model),
+            title="Routing weight of each expert by token of the first answer, in %",
+            human_only=True,
+        )
 
     summary = {
         "model": published.repo_id,
@@ -160,8 +166,10 @@ def _show_verdict(verdict: Compatibility, out: Out) -> None:
         for info in verdict.accepted
     ]
     rejected = [{"rejected": entry.info.id, "reason": "; ".join(map(str, entry.reasons))} for entry in verdict.rejected]
-    out.table(accepted, title=f"{len(accepted)} have gates and fit, by their configs and headers", human_only=True)
-    out.table(rejected, title=f"{len(rejected)} do not", human_only=True)
+    out.table(
+        accepted, title=f"{len(accepted)} are compatible and have gates, by their configs and headers", human_only=True
+    )
+    out.table(rejected, title=f"{len(rejected)} are not, or have none", human_only=True)
 
 
 def _add_gates(workspace: Workspace, verdict: Compatibility, out: Out, seed: int) -> None:
@@ -173,7 +181,7 @@ def _add_gates(workspace: Workspace, verdict: Compatibility, out: Out, seed: int
 
     lacking = next((entry.info for entry in verdict.rejected if entry.info.id == workspace.repo(WITHOUT_GATES)), None)
     if lacking is None:
-        out.log("      there already")
+        out.log("      already there")
         return
     (expert,) = load_experts([lacking], api=workspace.api)
     # The other experts' gates read whitened inputs too: only scores of one measure can be compared.
@@ -201,7 +209,9 @@ def _fuse_and_measure(workspace: Workspace, out: Out) -> tuple[Any, Results, Rou
     experts = load_experts(_discover(workspace, GATES_TAG).accepted, api=workspace.api)
     model = fuse("phatgoose", experts, base_by_reference=True)
     cost = model.summary()["relative_cost"]
-    out.log(f"      {len(experts)} experts; a token costs {cost:.2f} × the base's arithmetic where experts are")
+    out.log(
+        f"      {len(experts)} experts; in the layers with experts, a token costs {cost:.2f} × the base's arithmetic"
+    )
     tasks = (*WITH_GATES, WITHOUT_GATES)
     suite = {task: rows(task, "test", TESTED) for task in tasks}
     owners = {task: workspace.repo(task) for task in tasks}
@@ -236,11 +246,12 @@ def _scores(results: Results) -> list[dict[str, str]]:
 
 def _comparison(results: Results, routing: RoutingMap) -> list[str]:
     """The comparison in words."""
-    leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("base", "merged")]
+    leads = [f"{results[name].lead['held-in']} points over {name}" for name in ("base", "merged")]
     lines = [f"PHATGOOSE's lead with its 95 % interval: {', '.join(leads)}"]
     if (own := routing.owner_weight()) is not None:
         lines.append(
-            f"{own:.0%} of the routing goes to the task's own expert, {1 / len(routing.experts):.0%} by chance"
+            f"{own:.0%} of the routing weight goes to the task's expert; at random it would be "
+            f"{1 / len(routing.experts):.0%}"
         )
     return lines
 
@@ -299,7 +310,7 @@ def _show_next(workspace: Workspace, fused: Path, out: Out) -> None:
     repo, questions = workspace.repo(NAME), relative_path(workspace.folder / "questions")
     files = {
         relative_path(fused): "the experts with their gates, the recipe, results.json and routing.png",
-        questions: "what it was asked (test)",
+        questions: "the questions that it was evaluated on (test)",
     }
     owner = workspace.namespace
     commands = [

@@ -70,14 +70,16 @@ def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
         verdict = _discover(workspace)
         _show_verdict(verdict, out)
 
-    with out.step(4, STEPS, "Fuse: every MLP becomes the base's and four task vectors"):
+    with out.step(4, STEPS, "Fuse: every MLP keeps the base's weights and gets four task vectors"):
         from hf_fusion.fusion import fuse
 
         experts = [info.pinned for info in verdict.accepted]
         model = fuse("wemoe", experts, base=workspace.repo(BASE), api=workspace.api)
         base = str(ModelRef(**model.config.base))
         facts = model.summary()
-        out.log(f"      {facts['upscaled_linears']} linears with {facts['trainable']:,} parameters of routers to adapt")
+        out.log(
+            f"      {facts['upscaled_linears']} linear layers, merged by routers with {facts['trainable']:,} parameters"
+        )
 
     with out.step(5, STEPS, f"Adapt its routers on {ADAPTED} pictures of each task, without labels"):
         from hf_fusion.hub.load import load_experts
@@ -85,16 +87,16 @@ def run(workspace: Workspace, out: Out, seed: int = 0) -> dict[str, Any]:
         loaded, start = load_experts(experts, api=workspace.api), load_experts([base], api=workspace.api)[0].model
         more = _adapt(workspace, model, loaded, start, out, seed)
 
-    with out.step(6, STEPS, "Measure"):
+    with out.step(6, STEPS, "Evaluate"):
         results, merged = _measure(workspace, model, loaded, start, more)
-        out.table(_scores(results), title=f"Right answers in % on {TESTED} pictures of each task", human_only=True)
-        leads = [f"{results[name].lead['held-in']} points on {name}" for name in ("task arithmetic", STATIC)]
+        out.table(_scores(results), title=f"Correct answers in % on {TESTED} pictures of each task", human_only=True)
+        leads = [f"{results[name].lead['held-in']} points over {name}" for name in ("task arithmetic", STATIC)]
         out.log(f"      WEMoE's lead with its 95 % interval: {', '.join(leads)}")
 
     with out.step(7, STEPS, f"Publish as {workspace.repo(NAME)}"):
         published = publish_to(workspace, merged, NAME, out)
 
-    with out.step(8, STEPS, "Ask it in a fresh process without hf_fusion and peft"):
+    with out.step(8, STEPS, "Run it in a fresh process without hf_fusion and peft"):
         identical = _compare_with_fresh_process(workspace, model, published.repo_id, published.sha, out)
 
     summary = {
@@ -175,7 +177,7 @@ def _adapt(
 
 
 def _rows(workspace: Workspace, split: str) -> dict[str, Dataset]:
-    """Task → its pictures; kept as parquet for the commands one may type next."""
+    """Task → its pictures; kept as parquet for the commands that are printed at the end."""
     from datasets import concatenate_datasets
 
     suite = {
@@ -252,7 +254,7 @@ def _compare_with_fresh_process(workspace: Workspace, model: WEMoEModel, repo: s
         same["logits"] &= torch.equal(here, logits[expert])
         same["answers"] &= said == [labels[chosen] for chosen in here.argmax(-1).tolist()]
         right = [labels[label] for label in rows["label"]]
-        out.log(f"      {TASKS[task].question:28} {', '.join(said)}  (right: {', '.join(right)})")
+        out.log(f"      {TASKS[task].question:28} {', '.join(said)}  (correct: {', '.join(right)})")
     for what, identical in zip(
         ("AutoModelForImageClassification.from_pretrained: logits", 'pipeline("image-classification"): answers'),
         same.values(),
@@ -269,7 +271,7 @@ def _show_next(workspace: Workspace, merged: Path, out: Out) -> None:
     task = workspace.repo(FINE_TUNES["turned"])
     files = {
         relative_path(merged): "base, task vectors and routers, the recipe, results.json and coefficients.png",
-        pictures: "pictures to adapt to (train, without labels) and to measure on (test)",
+        pictures: "the pictures for adaptation (train, without labels) and evaluation (test)",
     }
     commands = [
         *hub_commands(workspace),

@@ -56,7 +56,7 @@ class Workspace:
         return f"{self.namespace}/{name}"
 
     def push(self, name: str, folder: Path, settings: Mapping[str, Any] | None = None) -> bool:
-        """Upload a folder as a public repo with its settings; returns False if the repo has these files already."""
+        """Upload a folder as a public repo with its settings; returns False if the repo already has these files."""
         repo = self.repo(name)
         self.api.create_repo(repo, exist_ok=True)
         before = self.api.model_info(repo).sha
@@ -104,7 +104,9 @@ def _claim(folder: Path) -> None:
         and not (folder / "hub" / "users.json").exists()
         and any(p.name != "cache" for p in folder.iterdir())
     ):
-        raise FusionError(f"{folder} holds files that are not a demo's", "--folder, one that does not exist yet")
+        raise FusionError(
+            f"{folder} contains files that are not a demo's", "name a folder that does not exist yet: --folder DIR"
+        )
     marker.touch()
 
 
@@ -135,14 +137,14 @@ def run_in_fresh_process(workspace: Workspace, repo: str, revision: str, inputs:
             text=True,
         )
     if done.returncode:
-        raise FusionError(f"a fresh process could not use {repo}: {done.stderr.strip()[-2000:]}")
+        raise FusionError(f"a fresh process could not load and run {repo}: {done.stderr.strip()[-2000:]}")
     answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answers
 
 
 def report_push(new: bool, repo: str, out: Out) -> None:
     """Print one line about a repo."""
-    out.log(f"      {'pushed' if new else 'there already'}  {repo}")
+    out.log(f"      {'pushed' if new else 'already there'}  {repo}")
 
 
 def publish_to(workspace: Workspace, folder: Path, name: str, out: Out) -> PublishResult:
@@ -178,7 +180,11 @@ def hub_commands(workspace: Workspace) -> list[str]:
 
 def show_hub(workspace: Workspace, out: Out) -> None:
     """Print where the Hub is stored, or where repos are pushed."""
-    where = f"kept in {workspace.folder / 'hub'}" if workspace.embedded else f"your repos go to {workspace.namespace}/…"
+    where = (
+        f"its repos are stored in {workspace.folder / 'hub'}"
+        if workspace.embedded
+        else f"your repos go to {workspace.namespace}/…"
+    )
     out.log(f"      {where}")
 
 
@@ -192,7 +198,7 @@ def show_next(workspace: Workspace, out: Out, files: Mapping[str, str], commands
     for folder, content in files.items():
         out.log(f"      {folder}: {content}")
     if workspace.embedded:
-        out.log(f"      {relative_path(workspace.folder / 'hub')}: the Hub, to look at in a browser and to load from")
+        out.log(f"      {relative_path(workspace.folder / 'hub')}: the Hub, which you can browse and load models from")
     out.log("")
     for line in [*shell_commands(), *commands]:
         out.hint(line)

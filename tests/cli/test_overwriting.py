@@ -130,7 +130,7 @@ def test_unrelated_folder_is_refused_by_hub_and_demo(tmp_path):
         lambda: open_workspace(tmp_path / "work").__enter__(),
     ):
         with pytest.raises(
-            FusionError, match=r"work (contains files, but is not a Hub's folder|holds files that are not a demo's)"
+            FusionError, match=r"work (contains files, but is not a Hub's folder|contains files that are not a demo's)"
         ):
             attempt()
         assert content(tmp_path / "work") == before

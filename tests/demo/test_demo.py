@@ -93,7 +93,7 @@ def test_second_run_makes_no_commits_and_gives_equal_results(folder, ran):
     again, said = run_demo(folder, *DEMO)
     assert commits(folder) == before
     assert again == first
-    assert said.count("there already") == len(before) - 1
+    assert said.count("already there") == len(before) - 1
 
 
 def test_printed_next_commands_work(folder, ran):

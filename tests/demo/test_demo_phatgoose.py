@@ -103,7 +103,7 @@ def test_second_run_neither_trains_nor_commits(folder, ran):
     again, said = run_demo(folder, *DEMO)
     assert commits(folder) == before
     assert {**again, "rejected": None} == {**first, "rejected": None}
-    assert said.count("there already") == len(before) + 1  # the base and the gates, and all but the router
+    assert said.count("already there") == len(before) + 1  # the base and the gates, and all but the router
     assert "gates in" not in said
 
 

@@ -123,7 +123,7 @@ def test_fresh_process_without_hf_fusion_and_peft_gives_equal_outputs(ran):
     summary, said = ran
     assert summary["identical"] is True
     assert re.findall(r"(logits|answers) +identical", said) == ["logits", "answers"]
-    assert len(re.findall(r"\?.*\(right: ", said)) == len(TASKS)
+    assert len(re.findall(r"\?.*\(correct: ", said)) == len(TASKS)
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_second_run_makes_no_commits_and_gives_equal_results(folder, ran):
     again, said = run_demo(folder, *DEMO)
     assert commits(folder) == before
     assert again == first
-    assert said.count("there already") == len(before) - 1  # all but the merged model
+    assert said.count("already there") == len(before) - 1  # all but the merged model
 
 
 @pytest.mark.slow
