@@ -1,4 +1,4 @@
-"""``fusion.yaml``: what a fused model was made of, exactly enough to make it again.
+"""``fusion.yaml``: what a fused model was made from, so that it can be made again.
 
 method: foe
 base: owner/base@<sha>
@@ -8,8 +8,8 @@ experts:
 parameters: {mode: output}
 dtype: bfloat16
 
-Static merges may also take layers from here and there (``slices``), and a tokenizer of all (``tokenizer``); the recipes
-of mergekit are read as they are.
+Static merges may also combine layers of several models (``slices``) and their tokenizers (``tokenizer``). mergekit's
+recipes are read as they are.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from hf_fusion.types import ModelRef
 
 RECIPE_FILE = "fusion.yaml"
 RECIPE_ATTRIBUTE = "fusion_recipe"
-"""Where a fused model has its recipe."""
+"""The attribute of a fused model that contains its recipe."""
 SMALLEST = "smallest"
-"""The tokenizer of recipes that are matched by number and cut to the smallest vocabulary."""
+"""Value of ``tokenizer`` for matching token ids and truncating to the smallest vocabulary."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -47,7 +47,7 @@ def _is_name(value: str) -> bool:
 
 
 def is_span(layers: tuple[int, int]) -> bool:
-    """Whether these are a first layer and the one behind the last."""
+    """Whether these are a first layer and the layer after the last."""
     return 0 <= layers[0] < layers[1]
 
 
@@ -61,8 +61,8 @@ class RecipeExpert:
 
     Attributes:
         model: ``owner/name@sha``, or a folder.
-        weight: its share, for methods that weigh their experts.
-        parameters: the method's parameters for this expert alone.
+        weight: its weight, for methods that weight their experts.
+        parameters: the method's parameters for this expert only.
     """
 
     model: ModelName
@@ -97,8 +97,8 @@ class SliceSource:
 
     Attributes:
         model: as the recipe's base or experts name it.
-        layers: its first, and the one behind its last.
-        parameters: the method's, for this model in this slice.
+        layers: the first layer, and the layer after the last.
+        parameters: the method's parameters for this model in this slice.
     """
 
     model: ModelName
@@ -107,22 +107,22 @@ class SliceSource:
 
     @property
     def start(self) -> int:
-        """Its first layer."""
+        """The first layer."""
         return self.layers[0]
 
     @property
     def stop(self) -> int:
-        """The layer behind its last."""
+        """The layer after the last."""
         return self.layers[1]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers of the merged model, made of as many layers of each source.
+    """Layers of the merged model, made from the same number of layers of each source.
 
     Attributes:
-        sources: whose layers.
-        parameters: the method's, for this slice.
+        sources: the models and their layers.
+        parameters: the method's parameters for this slice.
     """
 
     sources: Annotated[
@@ -131,17 +131,17 @@ class Slice:
     parameters: Settings = field(default_factory=dict)
 
     def check(self, where: KeyPath) -> None:
-        """Raises a `FusionError` where its sources give unlike numbers of layers."""
+        """Raises a `FusionError` if its sources have different numbers of layers."""
         if len({source.stop - source.start for source in self.sources}) > 1:
             raise FusionError(f"{where} takes different numbers of layers from its sources")
 
     @property
     def layers(self) -> int:
-        """How many layers it makes."""
+        """Number of layers in the slice."""
         return self.sources[0].stop - self.sources[0].start
 
     def to_plain(self) -> dict[str, Any]:
-        """As written to YAML."""
+        """The slice as plain values for YAML."""
         sources = [_without_unset({**vars(source), "layers": [*source.layers]}) for source in self.sources]
         return _without_unset({"sources": sources, "parameters": self.parameters})
 
@@ -151,19 +151,19 @@ class Recipe:
     """A fusion as data.
 
     Attributes:
-        method: name of the method, as `hf_fusion.fuse` takes it.
-        experts: what is fused.
-        base: ``owner/name@sha`` of the base, where the method or the adapters need one.
-        parameters: the method's own options. Every static method also takes ``seed``; ``mismatch`` (`MISMATCHES`), for
-            tensors that do not match; and ``untie: true``, which gives the merged model a separate head where some of
+        method: name of the method, as for `hf_fusion.fuse`.
+        experts: the experts to fuse.
+        base: ``owner/name@sha`` of the base, if the method or the adapters need one.
+        parameters: options of the method. Every static method also takes ``seed``; ``mismatch`` (`MISMATCHES`), for
+            tensors that do not match; and ``untie: true``, which gives the merged model a separate head if some of
             its models tie theirs to the embeddings.
-        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoints' own.
-        slices: of static merges: the merged model's layers, where they are not those of its models one by one.
-        tokenizer: of static merges: "union" of all, "base", or the model whose tokenizer the merged one has, or these
-            as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`merging.tokenizers`);
-            "smallest": the first's, cut to the smallest vocabulary (see there); None: that of the
-            base, or of the first expert.
-        chat_template: of static merges: a Jinja template, "auto", a name (`merging.tokenizers`), or the
+        dtype: "float32", "float16" or "bfloat16"; None keeps those of the checkpoints.
+        slices: for static merges: the layers of the merged model, if they are not those of its models one by one.
+        tokenizer: for static merges: "union" of all, "base", or the model whose tokenizer the merged model gets; or one
+            of these as the ``source`` of a mapping with ``tokens`` and ``pad_to_multiple_of`` (`merging.tokenizers`);
+            "smallest": that of the first model, truncated to the smallest vocabulary; None: that of the base, or of
+            the first expert.
+        chat_template: for static merges: a Jinja template, "auto", a name (`merging.tokenizers`), or the
             model whose template is taken.
     """
 
@@ -178,13 +178,13 @@ class Recipe:
 
     @property
     def unpinned(self) -> list[str]:
-        """Models that are not named by a full commit sha or by their content: paths, names alone, branches."""
+        """Models that are named neither by a full commit sha nor by their content: paths, branches, bare ids."""
         named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
         return [name for name in named if not is_pinned(name)]
 
     @property
     def elsewhere(self) -> bool:
-        """Whether experts or the base were folders that only the machine that fused them has."""
+        """Whether experts or the base were folders on the machine that fused them, named by their content."""
         return any(ref.is_content for name in self.models for ref in ModelRef.parse_pair(name) if ref)
 
     @property
@@ -228,7 +228,7 @@ class Recipe:
         """Writes the recipe to a file, atomically.
 
         Args:
-            path: of the file.
+            path: path of the file.
         """
         write_file(path, self.to_yaml())
 
@@ -243,24 +243,24 @@ class Recipe:
             The recipe.
 
         Raises:
-            FusionError: naming the file, the key and the reason.
+            FusionError: the recipe is invalid; the error names the file, the key and the reason.
         """
         path = recipe_file(path)
         return cls.from_dict(read_yaml(path), str(path))
 
     @classmethod
     def from_dict(cls, content: object, name: str = RECIPE_FILE) -> Recipe:
-        """Checks plain values and makes a recipe of them.
+        """Checks plain values and builds a recipe from them.
 
         Args:
-            content: as read from YAML.
-            name: what errors call the file.
+            content: plain values, as read from YAML.
+            name: name of the file, for errors.
 
         Returns:
             The recipe.
 
         Raises:
-            FusionError: naming the file, the key and the reason.
+            FusionError: the recipe is invalid; the error names the file, the key and the reason.
         """
         if isinstance(content, Mapping) and "merge_method" in content:
             raise FusionError(f"{name} is a mergekit recipe", hint=f"read it with hf_fusion.load_recipe({name!r})")
@@ -275,7 +275,7 @@ class Recipe:
 
 
 def recipe_file(path: str | Path) -> Path:
-    """The file of a recipe: the path itself, or ``fusion.yaml`` where it is a folder."""
+    """The file of a recipe: the path itself, or ``fusion.yaml`` in it if it is a folder."""
     path = Path(path)
     with suppress(OSError):  # longer than any path: reading it says so
         if path.is_dir():
@@ -285,7 +285,7 @@ def recipe_file(path: str | Path) -> Path:
 
 
 def _sources(tokenizer: object) -> list[str]:
-    """The models that a tokenizer is made of."""
+    """The models whose tokenizers a tokenizer is made from."""
     if isinstance(tokenizer, str):
         return [tokenizer]
     found = []
@@ -296,5 +296,5 @@ def _sources(tokenizer: object) -> list[str]:
 
 
 def is_pinned(name: str) -> bool:
-    """Whether a model is named by a full commit sha, or by its content; of ``base+adapter``, both."""
+    """Whether a model is named by a full commit sha or by its content; for ``base+adapter``, whether both are."""
     return all(ref.pinned for ref in ModelRef.parse_pair(name) if ref)

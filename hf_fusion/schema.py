@@ -7,8 +7,9 @@
 
     read(Fitting, {"share": 2}, KeyPath("suite.yaml", "tasks.cola.fitting"))
 
-raises "suite.yaml: tasks.cola.fitting.share is 2, expected a number from 0 to 1". Understood are str, int, float, bool,
-None, Any, Literal, unions, lists, tuples, dictionaries and dataclasses, and `Annotated` with what this module defines.
+raises "suite.yaml: tasks.cola.fitting.share is 2, expected a number from 0 to 1". Supported annotations are str, int,
+float, bool, None, Any, Literal, unions, lists, tuples, dictionaries and dataclasses, and `Annotated` with the marks of
+this module.
 `parameters_of` describes the parameters of a function in the same way.
 """
 
@@ -26,16 +27,16 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hf_fusion.errors import FusionError, listed, nearest, shown, suggestion
 
-MOST = 1 << 63  # whole numbers must be smaller: torch's are, and Python's have no end
+MOST = 1 << 63  # whole numbers must be smaller: torch's have 64 bits, Python's are unbounded
 REQUIRED = inspect.Parameter.empty
-"""The default of a field that must be given."""
+"""Default of a required field."""
 _WRONG = object()
 Class = TypeVar("Class")
 
 
 @dataclass(frozen=True)
 class KeyPath:
-    """Where a value stands, for errors: in a file or a model, below these keys."""
+    """Where a value is, for errors: in a file or a model, below these keys."""
 
     file: str
     path: str = ""
@@ -44,7 +45,7 @@ class KeyPath:
         return ": ".join(filter(None, (self.file, self.path)))
 
     def inner(self, *keys: object) -> KeyPath:
-        """The key path of a mapping's value, or of a list's element, which these keys lead to."""
+        """The key path of the value or list element below these keys."""
         path = self.path
         for key in keys:
             name = key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 200 else shown(key)
@@ -52,12 +53,12 @@ class KeyPath:
         return KeyPath(self.file, path)
 
 
-# ---------------------------------------------------------------- what annotations may say beside a type
+# ---------------------------------------------------------------- marks for `Annotated`
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included."""
+    """The range of a number, including both ends."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -70,7 +71,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a value must be, in words for errors, and a check of the value beyond that of its type."""
+    """A description of the value for errors, and a check beyond that of its type."""
 
     words: str
     holds: Callable[[Any], bool] = lambda value: True
@@ -78,33 +79,33 @@ class Expected:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The texts that a value may be, where `Literal` cannot list them."""
+    """The strings that a value may be, if `Literal` cannot list them."""
 
     choices: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Before:
-    """A conversion of the value as it was written, before it is checked; it takes the key path for its errors."""
+    """A conversion of the value before it is checked; it gets the key path for its errors."""
 
     convert: Callable[[Any, KeyPath], Any]
 
 
 PER_EXPERT = "one for each expert"
-"""Marks a parameter of which every expert has its own."""
+"""Marks a parameter that each expert has separately."""
 EachNumber = Annotated[Sequence[float], PER_EXPERT]
-"""A number for every expert; given once, it counts for all of them."""
+"""One number per expert; a single number applies to all experts."""
 Per = Literal["tensor", "row", "column"]
-"""What is measured, and weighed, as one."""
+"""The unit that is measured and weighted as a whole."""
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text that says something."""
+    """Whether a value is a string that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is one that YAML and JSON give."""
+    """Whether a value consists of types that YAML and JSON have."""
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     if isinstance(value, dict):
@@ -116,7 +117,7 @@ Text = Annotated[str, Expected("a string", is_text)]
 Settings = Annotated[
     dict[str, Any], Before(lambda value, where: {} if value is None else value), Expected("names and values")
 ]
-"""Parameters by name, whatever they are; null for none."""
+"""Parameters of any type by name; null for none."""
 
 
 # ---------------------------------------------------------------- fields
@@ -127,10 +128,10 @@ class Field:
     """One field of a class, or one parameter of a function.
 
     Attributes:
-        name: in files.
-        hint: its annotation; of one number.
-        default: `REQUIRED` where it must be given.
-        per_expert: whether every expert has its own.
+        name: its key in files.
+        hint: its annotation; for `per_expert`, that of one number.
+        default: its default; `REQUIRED` if there is none.
+        per_expert: whether each expert has a separate value.
     """
 
     name: str
@@ -145,7 +146,7 @@ class Field:
 
     @property
     def kind(self) -> Any:
-        """Its type: float, int, bool, or str also where a text is one of several."""
+        """Its type: float, int, bool or str; str also for a choice of strings."""
         kind = _parts(self.hint)[0]
         return str if get_origin(kind) is Literal else kind
 
@@ -172,7 +173,7 @@ def _fields_of(cls: Any) -> dict[str, Field]:
 
 @cache
 def parameters_of(function: Callable[..., Any]) -> dict[str, Field]:
-    """The parameters of a function that are given by name: those after the ``*``, and those that have a default."""
+    """The parameters of a function that are passed by name: those after the ``*``, and those with a default."""
     hints = typing.get_type_hints(function, include_extras=True)
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -191,19 +192,19 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Field]:
 
 
 def read(hint: Any, value: object, where: KeyPath, *keys: object) -> Any:
-    """A plain value as an annotation says.
+    """Checks a plain value against its annotation, and converts it.
 
     Args:
         hint: the annotation.
-        value: as YAML or JSON give it.
-        where: the file, and the keys that lead to the value, or to what holds it;
-        keys: then those that lead on to the value.
+        value: the value, as read from YAML or JSON.
+        where: the file, and the keys that lead to the value or to what contains it.
+        keys: further keys that lead to the value.
 
     Raises:
-        FusionError: it is something else; naming its key path, what it is and what is expected.
+        FusionError: the value does not match; the error names the key path, the value and what was expected.
     """
     if hint is str and isinstance(value, str) or hint is int and type(value) is int and abs(value) < MOST:
-        return value  # one of thousands: to write their paths down would take longer than to check them
+        return value  # often one of thousands, whose key paths would take longer to build than the check
     where, (kind, notes) = where.inner(*keys), _parts(hint)
     for note in notes:
         if isinstance(note, Before):
@@ -225,17 +226,17 @@ def _wrong(value: object, hint: Any, where: KeyPath, what_next: str | None) -> F
 def read_class(
     cls: type[Class], content: object, where: KeyPath, defaults: Mapping[str, Any] | None = None, **given: Any
 ) -> Class:
-    """A dataclass of the plain values that a mapping holds.
+    """Builds a dataclass from the plain values of a mapping.
 
     Args:
         cls: its fields are the mapping's keys.
         content: the mapping.
         where: the file, and the keys that lead to it.
-        defaults: values of fields, read already, that count where the mapping has none.
-        given: fields that are not read.
+        defaults: values, already checked, of fields that the mapping lacks.
+        given: values of fields that are not read from the mapping.
 
     Raises:
-        FusionError: a key is unknown or missing, or a value is not what its field says.
+        FusionError: a key is unknown or missing, or a value does not match its field.
     """
     known = {name: field for name, field in fields_of(cls).items() if name not in given}
     if not isinstance(content, Mapping):
@@ -248,17 +249,17 @@ def read_class(
 
 
 def read_fields(known: Mapping[str, Field], content: Mapping[Any, Any], where: KeyPath) -> dict[str, Any]:
-    """The plain values of a mapping, each by its field; not all of them must be there.
+    """Checks the values of a mapping, each against its field; keys may be missing.
 
     Raises:
-        FusionError: a key is unknown, or a value is not what its field says.
+        FusionError: a key is unknown, or a value does not match its field.
     """
     refuse_unknown(content, known, where)
     return {key: read(known[key].hint, value, where, key) for key, value in content.items()}
 
 
 def refuse_unknown(content: Iterable[object], known: Iterable[str], where: KeyPath) -> None:
-    """Raises a `FusionError` for the first key that is not known, with the closest one that is."""
+    """Raises a `FusionError` for the first unknown key, with the closest known one."""
     known = list(known)
     for key in content:
         if key not in known:
@@ -300,7 +301,7 @@ _NAMES: dict[Any, str] = {
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """An annotation's type, and what is noted beside it."""
+    """An annotation's type, and its marks."""
     return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
 
 
@@ -313,7 +314,7 @@ def _holds(note: object, value: Any) -> bool:
 
 
 def _converted(kind: Any, value: Any, where: KeyPath) -> Any:
-    """A value as its type has it, `_WRONG` where it is another; what is wrong inside of it is raised."""
+    """A value converted to its type; `_WRONG` if it has another type. Errors in inner values are raised."""
     cls, origin, inner = kind, get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -347,7 +348,7 @@ def _converted(kind: Any, value: Any, where: KeyPath) -> Any:
 
 
 def _is_alike(hint: Any, value: object) -> bool:
-    """Whether a value is of the outermost type that an annotation names."""
+    """Whether a value has the outermost type of an annotation."""
     kind = _parts(hint)[0]
     origin = get_origin(kind) or kind
     if origin in (list, tuple, Sequence):

@@ -1,4 +1,4 @@
-"""What a model is called, and what an expert is, before and after its weights are loaded: plain dataclasses."""
+"""References to models, and experts before and after their weights are loaded: plain dataclasses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHA = re.compile(r"[0-9a-f]{40}")
 CONTENT = "sha256:"
-"""What the content of a folder is named by: ``NAME@sha256:…``."""
+"""Prefix of the revision that names a folder by its content: ``NAME@sha256:…``."""
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUMBERED = re.compile(rf"({_REPO.pattern})#(\d+)")  # an expert of one of PHATGOOSE's authors' checkpoints
 _DIGEST = re.compile(rf"{CONTENT}[0-9a-f]{{64}}")
@@ -33,19 +33,19 @@ def as_commit(revision: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A reference to a model, as users, recipes and adapters write it; `str` gives the text.
+    """A reference to a model, as users, recipes and adapters write it; `str` returns its text.
 
     ==========================  =======================================================================
     ``owner/name``, ``name``    a repo on the Hub, at its newest commit
-    ``owner/name@revision``     the same at a commit, a branch or a tag
+    ``owner/name@revision``     a repo at a commit, a branch or a tag
     ``owner/name#7[@revision]`` the eighth expert of a checkpoint of PHATGOOSE's authors
-    ``NAME@sha256:…``           a folder of another machine, by its content
+    ``NAME@sha256:…``           a folder on another machine, by its content
     anything else               the path of a folder
     ==========================  =======================================================================
 
     Attributes:
-        id: repo id, with the number of the expert where it has one, or a folder.
-        revision: a commit in lower case, a branch, a tag or a digest of the content; None where none is named.
+        id: repo id, with the number of the expert if it has one; or a folder.
+        revision: a commit in lower case, a branch, a tag or a digest of the content; None if not named.
     """
 
     id: str
@@ -53,12 +53,12 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str | Path) -> ModelRef:
-        """Read a reference; a folder that is here is taken by its whole name, whatever characters that has."""
+        """Parses a reference. The name of an existing folder is taken as it is, whatever characters it contains."""
         return cls(str(text)) if _is_folder(text) else cls.parse_repo(str(text))
 
     @classmethod
     def parse_repo(cls, text: str) -> ModelRef:
-        """`parse` without a look at the disk: what reads as a repo is one, even if there is a folder of that name."""
+        """`parse` without checking the disk: text in the form of a repo id is a repo, even if such a folder exists."""
         name, at, content = text.rpartition("@")
         if at and content.startswith(CONTENT):
             return cls(name, content)
@@ -69,7 +69,7 @@ class ModelRef:
 
     @classmethod
     def parse_pair(cls, text: str) -> tuple[ModelRef | None, ModelRef]:
-        """(base, adapter) of ``base+adapter``; (None, model) of any other reference."""
+        """(base, adapter) for ``base+adapter``; (None, model) for any other reference."""
         base, plus, adapter = text.partition("+")
         if not plus or _is_folder(text):
             return None, cls.parse(text)
@@ -80,41 +80,41 @@ class ModelRef:
 
     @property
     def repo(self) -> str:
-        """The repo's id: of an expert of a checkpoint, the checkpoint's."""
+        """The id of the repo; for an expert of a checkpoint, without its number."""
         return match[1] if (match := _NUMBERED.fullmatch(self.id)) else self.id
 
     @property
     def number(self) -> int | None:
-        """Which expert of a checkpoint it is; None for a model of its own."""
+        """Index of the expert in a checkpoint; None for other models."""
         return int(match[3]) if (match := _NUMBERED.fullmatch(self.id)) else None
 
     @property
     def is_repo(self) -> bool:
-        """Whether the Hub could have it: its id is written like a repo's, and its content is not what names it."""
+        """Whether it may be a repo on the Hub: it has the form of a repo id, and no digest of a content."""
         return bool(_REPO.fullmatch(self.repo)) and ".." not in self.id and not self.is_content
 
     @property
     def is_folder(self) -> bool:
-        """Whether there is a folder of that name here."""
+        """Whether there is a folder of that name on this machine."""
         return _is_folder(str(self))
 
     @property
     def is_content(self) -> bool:
-        """Whether it is a folder of another machine, named by its content."""
+        """Whether it is a folder on another machine, named by its content."""
         return bool(self.revision and self.revision.startswith(CONTENT))
 
     @property
     def commit(self) -> str | None:
-        """The commit, if its revision is one."""
+        """The revision, if it is a commit."""
         return as_commit(self.revision)
 
     @property
     def pinned(self) -> bool:
-        """Whether it will always be the same model: a repo at a commit, or content."""
+        """Whether it always names the same model: a repo at a commit, or a folder by its content."""
         return bool(_DIGEST.fullmatch(self.revision or "") if self.is_content else self.is_repo and self.commit)
 
     def with_revision(self, revision: str | None) -> ModelRef:
-        """The same at another revision."""
+        """The reference with another revision."""
         return replace(self, revision=as_commit(revision) or revision or None)
 
 
@@ -127,24 +127,24 @@ def _is_folder(name: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """One expert as the Hub describes it: metadata only, no weights were read.
+    """One expert as the Hub describes it: metadata only; no weights were read.
 
     Attributes:
         id: repo id, ``owner/name``.
-        sha: the commit everything else here was read at.
-        task: pipeline tag ("text-classification"), or None where nothing tells it.
-        architecture: class name from ``config.json``; for an adapter, None (its base tells).
+        sha: the commit at which everything here was read.
+        task: pipeline tag ("text-classification"), or None if unknown.
+        architecture: class name from ``config.json``; None for an adapter, whose base names it.
         base_model: id of the model it was fine-tuned from, if known.
         base_revision: commit of that base, if recorded.
-        labels: class names ordered by class index; empty where it has no head or no names.
-        license: licence id of the card, lower case, or None.
-        size: bytes of its weight files.
-        downloads: as counted by the Hub.
+        labels: class names ordered by class index; empty if it has no such head or no names.
+        license: licence id from the card, in lower case, or None.
+        size: total size of its weight files in bytes.
+        downloads: number of downloads, as counted by the Hub.
         tags: all tags of the repo.
-        is_adapter: a PEFT adapter rather than a full model.
-        has_gates: carries ``phatgoose_gates.safetensors``.
-        gated: files need an accepted agreement.
-        private: only its owner sees it.
+        is_adapter: whether it is a PEFT adapter rather than a full model.
+        has_gates: whether it has ``phatgoose_gates.safetensors``.
+        gated: whether its files require accepting an agreement.
+        private: whether only its owner can see it.
     """
 
     id: str
@@ -163,7 +163,7 @@ class ExpertInfo:
     gated: bool = False
     private: bool = False
 
-    # What `discover` read of the repo, so that a check need not read it again; not a field, as it is not metadata.
+    # What `discover` has read of the repo, so that a check need not read it again; not a field, for it is not metadata.
     read: ClassVar[Source | None] = None
 
     def having_read(self, source: Source) -> ExpertInfo:
@@ -180,17 +180,17 @@ class ExpertInfo:
 
     @property
     def pinned(self) -> str:
-        """``owner/name@sha``, the form every recipe and every loader takes; ``name@`` of a folder."""
+        """``owner/name@sha``, the form that recipes and loaders take; ``name@`` for a folder."""
         return f"{self.id}@{self.sha}"
 
     @property
     def ref(self) -> ModelRef:
-        """What finds it again."""
+        """The reference to the repo at this commit."""
         return ModelRef(self.id, self.sha or None)
 
     @property
     def base_ref(self) -> ModelRef | None:
-        """The base that it records, if any."""
+        """The reference to the recorded base, if there is one."""
         return ModelRef(self.base_model, self.base_revision) if self.base_model else None
 
     def _repr_html_(self) -> str:
@@ -201,16 +201,16 @@ class ExpertInfo:
 
 
 class ForwardModel(Protocol):
-    """A model by its forward: a `PreTrainedModel`, or what stands for one, such as an expert with other weights."""
+    """Anything that is called like a `PreTrainedModel`, such as an expert with other weights."""
 
     @property
     def config(self) -> Any:
-        """Its configuration: tells encoder-decoders from others."""
+        """The configuration, which says whether the model is an encoder-decoder."""
         ...
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """Its parameters say what the model takes."""
+        """The forward function, whose parameters are the model's inputs."""
         ...
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
@@ -228,10 +228,10 @@ class Adapter:
         base: id or folder of the base model.
         base_revision: commit of the base, if the adapter records one.
         transposed: whether the base stores these weights as (d_in, d_out), as GPT-2's Conv1D does.
-        model_class: name of the class that it was trained on, if it records one.
-        embeddings: paths in `lora` that are embeddings: A is of (r, width) and B of (tokens, r).
-        rows: module path of an embedding -> numbers of its rows (n,) and what they are replaced by (n, width): PEFT's
-            ``trainable_token_indices``. What is tied to the embedding has these rows as well.
+        model_class: name of the model class that it was trained on, if recorded.
+        embeddings: paths in `lora` that are embeddings; there A is (r, width) and B is (tokens, r).
+        rows: module path of an embedding -> indices of its rows (n,) and their replacements (n, width): PEFT's
+            ``trainable_token_indices``. Weights that are tied to the embedding get these rows as well.
     """
 
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -245,21 +245,21 @@ class Adapter:
 
     @property
     def base_ref(self) -> ModelRef | None:
-        """The base, if it is known."""
+        """The reference to the base, if it is known."""
         return ModelRef(self.base, self.base_revision) if self.base else None
 
 
 @dataclass
 class Gates:
-    """What PHATGOOSE routes by: one vector per linear that an expert adapts.
+    """The gates by which PHATGOOSE routes: one vector per linear layer that an expert adapts.
 
     Attributes:
         vectors: module path in the base -> gate vector (d_in,).
-        kind: where they come from: "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
+        kind: how they were made: "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
             (`arrow_prototypes`).
-        offsets: of whitened gates, by module path: what is subtracted from their product with LN(x) to make the score
-            a log-likelihood ratio. Gates without are standardised by the router, as in the paper.
-        facts: what is known of their training: "steps", "examples", "loss_before", "loss_after".
+        offsets: for whitened gates, module path -> what is subtracted from the gate's product with LN(x), so that the
+            score is a log-likelihood ratio. The router standardises gates without offsets, as in the paper.
+        facts: facts about their training, as far as known: "steps", "examples", "loss_before", "loss_after".
     """
 
     vectors: dict[str, torch.Tensor]
@@ -269,7 +269,7 @@ class Gates:
 
     @property
     def description(self) -> str:
-        """What cards and tables call them: the kind, and whether they read whitened inputs."""
+        """Their name in cards and tables: the kind, and whether they read whitened inputs."""
         return f"whitened {self.kind}" if self.offsets else self.kind
 
     def _repr_html_(self) -> str:
@@ -281,16 +281,16 @@ class Expert:
     """A loaded expert.
 
     Attributes:
-        name: repo id or folder name; what cards, tables and traces call it.
+        name: repo id or folder name, as shown in cards, tables and traces.
         model: the full model, or for an adapter its base (one shared object for all adapters of that base).
         adapter: the LoRA adapter, or None for a full model.
         processor: tokenizer or image processor, or None.
         labels: class names ordered by class index; empty for experts without a classification head.
-        revision: commit sha on the Hub, None for folders and in-memory models.
-        license: licence id of its card, if any.
+        revision: commit sha on the Hub; None for folders and models in memory.
+        license: licence id from its card, if any.
         task: pipeline tag, if known.
-        gates: the adapter's gates, or None where it has none.
-        generation: what an adapter's own ``generation_config.json`` says, or None where it has none.
+        gates: the adapter's gates, or None.
+        generation: content of the adapter's ``generation_config.json``, or None.
     """
 
     name: str
@@ -306,7 +306,7 @@ class Expert:
 
     @property
     def ref(self) -> ModelRef:
-        """What finds it again on the Hub; of a folder or of a model in memory, its name."""
+        """The reference to the repo at its commit; for a folder or a model in memory, its name."""
         return ModelRef(self.name, self.revision)
 
     def _row(self) -> dict[str, Any]:

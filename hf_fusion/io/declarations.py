@@ -1,4 +1,4 @@
-"""What Python files declare, read from their text: importing them would take seconds."""
+"""Reads declarations from the text of Python files, since importing the files would take seconds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hf_fusion.schema import Field, parameters_of
 
 @cache
 def declared(file: Path, name: str) -> dict[str, Field]:
-    """`parameters_of` a function, or a method, in a file that is not imported.
+    """`parameters_of` for a function or method in a file that is not imported.
 
-    Its annotations and defaults may use what `hf_fusion.schema` and `typing` define, `Path`, and the file's own plain
+    Its annotations and defaults may use the names of `hf_fusion.schema` and `typing`, `Path`, and the file's plain
     constants.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     known: dict[str, Any] = {**vars(typing), **vars(schema), "Path": Path}
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            with suppress(Exception):  # of torch, or of what else was not imported
+            with suppress(Exception):  # it uses torch, or something else that was not imported
                 exec(compile(ast.Module([node], []), str(file), "exec"), known)
     [given] = [node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
     with_default = given.args[len(given.args) - len(given.defaults) :]
@@ -47,12 +47,12 @@ def docstring(file: Path, name: str = "") -> str:
 
 
 def decorated(file: Path, decorator: str, known: Mapping[str, Any]) -> list[tuple[str, list[Any], dict[str, Any]]]:
-    """The functions of a file that have a decorator, and its arguments each time, without importing the file.
+    """The functions of a file that have a decorator, with the decorator's arguments, without importing the file.
 
     Args:
         file: Python source.
-        decorator: its name.
-        known: what its arguments may use beside literals.
+        decorator: name of the decorator.
+        known: names that its arguments may use beside literals.
 
     Returns:
         (name of the function, positional arguments, keyword arguments) of each decorator, from top to bottom.

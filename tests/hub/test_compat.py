@@ -186,7 +186,7 @@ def test_merging_needs_a_recorded_base(judge, owner, tmp_path):
     verdict = check_compatibility(discover(ids=ids, api=owner.api), api=owner.api, **how)
     assert [info.id for info in verdict.accepted] == ids[:2]
     assert [str(reason) for reason in verdict.rejected[0].reasons] == [
-        f"architecture: is a BertForTokenClassification, {ids[0]} a BertForSequenceClassification"
+        f"architecture: is a BertForTokenClassification, but {ids[0]} is a BertForSequenceClassification"
     ]
     owner.api.delete_repo(base)
     assert "was not found" in judge(tuned, **how)[ReasonKind.BASE]
