@@ -108,7 +108,7 @@ def test_conditions_are_named_by_corruption_and_severity():
 @pytest.mark.parametrize(
     ("word", "is_image", "said", "hint"),
     [
-        ("typos", True, "no corruption 'typos' of pictures", "use one of all, contrast"),
+        ("typos", True, "no corruption 'typos' of images", "use one of all, contrast"),
         ("jpeg_compression:1", False, "no corruption 'jpeg_compression:1' of texts", "use one of all, typos"),
         ("typos:0", False, "no corruption 'typos:0'", "typos:3"),
         ("typos:x", False, "no corruption 'typos:x'", "severities are 1 to 5: typos:3"),
