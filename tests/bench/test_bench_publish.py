@@ -203,5 +203,5 @@ def test_a_method_of_two_suites_is_refused(api, me, cells):
 @pytest.mark.parametrize("word", ["ties", "=me/ties", "ties=somewhere"])
 def test_words_that_name_no_method_and_model_are_refused(word, cells, tmp_path, capsys):
     write_lines(tmp_path / "cells.jsonl", cells)
-    assert main(["bench", "publish", str(tmp_path / "cells.jsonl"), "me/results", "--models", word]) == 1
+    assert main(["bench", "publish", str(tmp_path / "cells.jsonl"), "me/results", "--models", word]) == 2
     assert "METHOD=OWNER/NAME" in capsys.readouterr().err
