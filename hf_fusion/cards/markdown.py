@@ -10,6 +10,8 @@ from urllib.parse import quote
 from hf_fusion.hub.readme import escape_markdown
 from hf_fusion.types import CONTENT, ModelRef
 
+NO_BREAK_SPACE, NO_BREAK_DASH = "\u00a0", "–\u2060"
+
 
 def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
@@ -52,8 +54,8 @@ def first_names(names: Sequence[str], most: int = 6) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in percent; empty if it is not known."""
-    return "" if share is None else f"{share:.0%}".replace("%", " %")
+    """A share in percent, on one line; empty if it is not known."""
+    return "" if share is None else f"{share:.0%}".replace("%", f"{NO_BREAK_SPACE}%")
 
 
 def size(count: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hf_fusion.cards.markdown import NO_BREAK_DASH, NO_BREAK_SPACE
 from hf_fusion.evaluation.intervals import Score
 from hf_fusion.evaluation.results import FRUGAL, FUSED, HELD_IN, HELD_OUT, MeasuredTask, PredictorScores, Results
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from hf_fusion.cards.facts import CardFacts
 
 NOT_MEASURED = "not measured"
-NO_BREAK_SPACE, NO_BREAK_DASH = "\u00a0", "–\u2060"
 OWN_EXPERT = ("oracle", "individual experts")  # predictors that are the expert of each task
 EXPLAINED = {
     "base": "the model that the experts were trained from",
@@ -60,7 +60,7 @@ class ResultTables:
     """What a card says of measurements.
 
     Attributes:
-        columns: headers of the scores in `rows`: the metric, or the tasks that the mean is over.
+        columns: of the scores in `rows`: the metric, or the tasks that the mean is over, and how many rows.
         rows: this model, its best expert, its base, then all others.
         costs: whether the cost of the predictors was counted.
         tasks: headers of the scores in `by_task`; empty where a single task has rows of all experts.
@@ -72,7 +72,7 @@ class ResultTables:
         metrics: name of each metric, and what it is in words; "" for one without.
     """
 
-    columns: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
     costs: bool
     tasks: tuple[str, ...]
@@ -92,7 +92,7 @@ def result_tables(facts: CardFacts) -> ResultTables | None:
     named = {task.metric: METRICS.get(task.metric, "") for task in results.tasks}
     first = results.tasks[0]
     columns = (
-        [f"{first.metric}, n = {first.n:,}"]
+        [(first.metric, count(first.n))]
         if results.pooled
         else [_group_name(*item) for item in results.groups().items()]
     )
@@ -116,13 +116,13 @@ def result_tables(facts: CardFacts) -> ResultTables | None:
     )
 
 
-def _group_name(group: str, tasks: Sequence[MeasuredTask]) -> str:
-    """The header of a mean over tasks."""
-    n = f"n = {sum(task.n for task in tasks):,}"
+def _group_name(group: str, tasks: Sequence[MeasuredTask]) -> tuple[str, str]:
+    """The header of a mean over tasks, and how many rows."""
+    n = count(sum(task.n for task in tasks))
     if len(tasks) == 1:
-        return f"{tasks[0].name}, {n}"
+        return tasks[0].name, n
     whose = {HELD_IN: "of the experts", HELD_OUT: "that no expert was trained on"}[group]
-    return f"mean of {len(tasks)} tasks {whose}, {n}"
+    return f"mean of {len(tasks)} tasks {whose}", n
 
 
 def _best_expert(results: Results) -> PredictorScores | None:
@@ -178,6 +178,11 @@ def _columns_by_task(results: Results, best: PredictorScores | None) -> tuple[tu
         "base": by_kind.get("base", {}),
     }
     return tuple((name, scores) for name, scores in columns.items() if scores)
+
+
+def count(rows: int) -> str:
+    """How many rows, on one line."""
+    return f"n = {rows:,}".replace(" ", NO_BREAK_SPACE)
 
 
 def cell(score: Score | None, metric: str = "") -> str:

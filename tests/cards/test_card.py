@@ -60,11 +60,12 @@ def test_metadata_is_valid_for_the_hub():
 
 def test_card_shows_measurements_and_experts():
     card = render_card(FACTS)
-    assert "| **FoE**: this model | 97.1\u00a0(96.1–\u206098.1) | 100 % |" in card
-    assert "| a/one: the best single expert | 50.0\u00a0(47.0–\u206053.0) | 25 % |" in card
+    assert "| **FoE**: this model | 97.1\u00a0(96.1–\u206098.1) | 100\u00a0% |" in card
+    assert "| a/one: the best single expert | 50.0\u00a0(47.0–\u206053.0) | 25\u00a0% |" in card
     assert "Measured on 1,234 rows of Moods (test). Scores are accuracy (the share of right classes), in %" in card
     assert (
-        f"| [a/one](/a/one) | [1111111](/a/one/tree/{'1' * 40}) | text-classification | mit | no, yes | 25 % |" in card
+        f"| [a/one](/a/one) | [1111111](/a/one/tree/{'1' * 40}) | text-classification | mit | no, yes | 25\u00a0% |"
+        in card
     )
     assert pinned_revision(card) == "c" * 40
     assert pinned_revision(render_card(replace(FACTS, revision=None))) is None

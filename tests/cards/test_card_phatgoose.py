@@ -48,7 +48,10 @@ def test_held_out_tasks_have_a_separate_table():
     for system in results.get("systems") or results["predictors"]:
         system["means"]["held-out"] = {"score": 0.123, "ci95": [0.1, 0.15]}
     card = render_card(replace(FACTS, results=results))
-    assert f"| model | mean of 4 tasks of the experts, n = 160 | {task['name']}, n = {task['n']} |" in card
+    assert (
+        f"| model | mean of 4 tasks of the experts, n\u00a0=\u00a0160 | {task['name']}, n\u00a0=\u00a0{task['n']} |"
+        in card
+    )
     assert "| 12.3\u00a0(10.0–\u206015.0) |" in next(line for line in card.splitlines() if "**PHATGOOSE**" in line)
     assert f"| {task['name']} | {task['n']} | tokens |" in card
     names = {entry.dataset_name: entry.metric_type for entry in ModelCard(card).data.eval_results}
