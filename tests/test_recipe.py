@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from hf_fusion.errors import FusionError
+from hf_fusion.merging.recipe_files import load_recipe
 from hf_fusion.recipe import Recipe, RecipeExpert
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -80,6 +81,21 @@ def test_mistakes_are_named(change, reason, tmp_path):
     path = write(tmp_path, TEXT.replace(*change))
     with pytest.raises(FusionError, match=f"{path}.*{reason}"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("method: wemeo", "there is no method 'wemeo'\n  → did you mean wemoe?"),
+        ("method: wemoe\nparameters: {scalin: 1}", "method wemoe has no parameter 'scalin'\n  → did you mean scaling?"),
+        ("method: wemoe\nparameters: {scaling: high}", "parameters.scaling is 'high', expected a number"),
+    ],
+)
+def test_mistakes_in_methods_name_the_file(text, reason, tmp_path):
+    path = write(tmp_path, f"{text}\nexperts: [a/b, a/c]\n")
+    with pytest.raises(FusionError) as raised:
+        load_recipe(path)
+    assert str(raised.value).startswith(f"{path}: {reason}")
 
 
 def test_missing_file(tmp_path):

@@ -28,29 +28,32 @@ COMMON = {
 }
 
 
-def family_method(name: str, options: Mapping[str, Any]) -> FamilyMethod:
+def family_method(name: str, options: Mapping[str, Any], file: str = "") -> FamilyMethod:
     """The method of a family, with a check of its options.
 
     Args:
         name: a key of `families.METHODS`.
         options: to be passed to it.
+        file: the recipe's file, for errors.
 
     Raises:
         FusionError: there is no such method, it has no such option, or a plain value of another type was given.
     """
     if name not in METHODS:
         raise FusionError(
-            f"there is no method {name!r}", hint=suggestion(name, [*METHODS, *MERGE_METHODS], METHODS_LISTING)
+            ": ".join(filter(None, (file, f"there is no method {name!r}"))),
+            hint=suggestion(name, [*METHODS, *MERGE_METHODS], METHODS_LISTING),
         )
     known = METHODS[name].options
     for option, value in options.items():
         if option not in known:
             raise FusionError(
-                f"method {name} has no parameter {option!r}",
+                ": ".join(filter(None, (file, f"method {name} has no parameter {option!r}"))),
                 hint=suggestion(option, known, f"{METHODS_LISTING} {name}"),
             )
         if is_plain(value):  # the model checks others, such as arrays
-            read(known[option].hint, value, KeyPath(name, option))
+            where = KeyPath(file, "parameters").inner(option) if file else KeyPath(name, option)
+            read(known[option].hint, value, where)
     return METHODS[name]
 
 

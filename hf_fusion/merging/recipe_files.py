@@ -9,7 +9,7 @@ from hf_fusion.io.yaml_files import read_yaml
 from hf_fusion.merging.mergekit.moe import from_mergekit_moe
 from hf_fusion.merging.mergekit.recipes import from_mergekit
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.recipe_checks import check_parameters
+from hf_fusion.merging.recipe_checks import check_parameters, family_method
 from hf_fusion.recipe import Recipe, recipe_file
 
 # keys that a recipe of mergekit has and ours has not
@@ -37,6 +37,9 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = (from_mergekit_moe if is_mixture else from_mergekit)(content, str(path))
     if recipe.method in MERGE_METHODS:
         check_parameters(recipe, str(path))
+    else:
+        options = {name: value for name, value in recipe.parameters.items() if name != "task"}  # of any method
+        family_method(recipe.method, options, str(path))
     return recipe
 
 
