@@ -85,7 +85,7 @@ def check_processor(source: Any, hub: Mapping[str, Any]) -> None:
     for file in PROCESSOR_FILES:
         for key, value in _paths(_read(source, file, hub)):
             if _leads_out(key, value, folder, is_here=Path(source).is_dir()):
-                raise ForeignFileError(f"{source}: {file} has {key}: {value!r}, which lies outside of the model")
+                raise ForeignFileError(f"{source}: {file} has {key}: {value!r}, which is outside the model's folder")
 
 
 def check_base(source: Any, base: Any) -> None:

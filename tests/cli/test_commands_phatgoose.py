@@ -104,8 +104,9 @@ def test_mistake_gives_one_line_and_a_hint(hf_fusion, folders):
     done = hf_fusion(*words, str(folders / "bare"))
     assert done.returncode == 1
     assert done.stdout == ""
-    (line,) = told(done.stderr)
+    line, hint = told(done.stderr)
     assert line.startswith("Error: bare has no gates: train them with hf_fusion.train_gates, or pass missing_gates=")
+    assert hint == "  → hf-fusion fuse --help"
 
 
 @pytest.mark.parametrize(

@@ -105,5 +105,5 @@ def test_misfits_are_named():
         evaluate(model, {"sst2": ROWS})
     with pytest.raises(FusionError, match="the model was made from"):
         evaluate(model, {experts[0].name: ROWS}, experts=experts[:2], base=bert_base())
-    with pytest.raises(FusionError, match="are called 'WEMoE'"):
+    with pytest.raises(FusionError, match="two predictors have the name 'WEMoE'"):
         evaluate(model, {experts[0].name: ROWS}, more=[TaskModel("WEMoE", model)])

@@ -193,8 +193,8 @@ def with_other_gates(folder):
 
 # an adapter that does not fit: its options, what is done to its folder, what is said
 MISFITS = {
-    "nan": ({}, with_nan, f"Adapter bad has NaN or Inf in {Q0}.lora_A.weight"),
-    "shapes": ({}, narrower, f"bad does not fit its base: {Q0} is 32→32 in the base, 20→32 in the adapter"),
+    "nan": ({}, with_nan, f"adapter bad has NaN or Inf in {Q0}.lora_A.weight"),
+    "shapes": ({}, narrower, f"{Q0} maps 32 to 32 features in the base, 20 to 32 in the adapter"),
     "rank 0": ({}, without_rank, "bad cannot be fused: r=0: the rank must be at least 1"),
     "huge rank": ({"rank": 500}, None, f"bad: rank 500 of {Q0} is not within 1 and 32"),
     "a rank that is promised": ({"r": 10**9}, None, "the ranks of .* disagree: A is .4, 32.*config says 1000000000"),

@@ -20,7 +20,6 @@ from transformers import (
 
 import hf_fusion
 from hf_fusion.errors import FusionError
-from hf_fusion.families import METHODS
 from hf_fusion.fusion import fuse, fuse_recipe, load_fused, save_fused
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -199,7 +198,7 @@ def test_mistakes(folders):
     experts = [folders["one"], folders["two"]]
     with pytest.raises(FusionError, match="no method 'alchemy'") as caught:
         fuse("alchemy", experts)
-    assert all(name in caught.value.hint for name in [*METHODS, *MERGE_METHODS])
+    assert caught.value.hint == "hf-fusion methods lists all"
     for options, message in [
         ({"task": "text-classification"}, "without task"),
         ({"allow_pickle": True}, "safetensors files"),
@@ -212,7 +211,7 @@ def test_mistakes(folders):
             fuse("linear", **{"experts": experts, **options})
     with pytest.raises(FusionError, match="slerp has no parameter 'weight'"):
         fuse("slerp", experts, t=0.5, weights=[1, 2])
-    with pytest.raises(FusionError, match="foe loads its experts"):
+    with pytest.raises(FusionError, match="foe does not take a RecipeExpert"):
         fuse("foe", [RecipeExpert(str(folder)) for folder in experts])
     # what is wrong with a recipe is said before anything is fetched
     with pytest.raises(FusionError, match="ties has no parameter 'colour'"):

@@ -123,7 +123,7 @@ MISFITS = {
     "missing": (lambda tensors: tensors.pop(DENSE), f"e1: 1 weights are missing: {DENSE}"),
     "extra": (lambda tensors: tensors.update(strange=torch.ones(3)), "e1: 1 weights are unexpected: strange"),
     "NaN": (lambda tensors: tensors[DENSE].fill_(float("nan")), f"e1 has NaN or Inf in {DENSE}"),
-    "shape": (lambda tensors: tensors.update({DENSE: torch.ones(32, 10)}), f"e1: {DENSE} is .32, 10., not .32, 64."),
+    "shape": (lambda tensors: tensors.update({DENSE: torch.ones(32, 10)}), f"{DENSE} is .32, 10., not .32, 64."),
 }
 
 

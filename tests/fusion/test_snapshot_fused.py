@@ -149,7 +149,7 @@ def test_family_class_refuses_it_without_this_package(family, attack, folders):
 @pytest.mark.parametrize("name", ["../secret", "{place}/secret", "processor_0/../../secret", ".."])
 def test_processor_outside_the_folder_is_refused(name, folders):
     edit_json(folders / "foe" / "processor_config.json", folders=[name.format(place=folders)])
-    with pytest.raises(FusionError, match="processor_config.json names .*, which is not a folder within"):
+    with pytest.raises(FusionError, match="processor_config.json names .*, which is not a folder inside the model"):
         load_fused(folders / "foe")
     with pytest.raises(ValueError, match="processor_config.json (names .*not a folder within|has folders: .*outside)"):
         FoEProcessor.from_pretrained(folders / "foe")

@@ -133,5 +133,5 @@ def test_only_full_hashes_are_commits():
 
 
 def test_a_commit_takes_no_gates(owner):
-    with pytest.raises(FusionError, match="is a commit"):
+    with pytest.raises(FusionError, match="names a commit, but gates are pushed to a branch"):
         push_gates(None, f"{owner.name}/mood", revision="0" * 40, api=owner.api)

@@ -95,7 +95,7 @@ def test_a_router_of_them_is_published(repo, owner, tmp_path):
     commit = publish(tmp_path / "fused", f"{owner.name}/routed", api=owner.api).sha
     card = ModelCard.load(owner.api.hf_hub_download(f"{owner.name}/routed", "README.md", revision=commit))
     assert card.data.base_model == [name, f"{owner.name}/base"]
-    assert f"](/{name}#4)" in card.text
+    assert f"[{name}&#35;4](/{name})" in card.text
     assert owner.api.model_info(f"{owner.name}/routed").card_data.base_model == [name, f"{owner.name}/base"]
 
 

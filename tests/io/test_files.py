@@ -325,7 +325,7 @@ def test_a_configuration_that_names_other_weights_or_code(content, reason, folde
 PACKAGE = Path(hf_fusion.__file__).parent
 # what reads files otherwise, and whose these are
 OTHERWISE = {
-    "cards/card.py": "facts of a golden card",
+    "cards/facts.py": "facts of a golden card",
     "hub/client.py": "the bytes of a plan that was checked, to compare them with the Hub's",
     "merging/engine/output.py": "what it writes, and its lock",
     "publishing/push_gates.py": "a README that the client has fetched",

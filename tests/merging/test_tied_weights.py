@@ -161,7 +161,7 @@ def test_dora_is_refused_with_a_way_on(full, tmp_path):
     made = save_adapter(tmp_path / "dora", full / "tied", 1, use_dora=True)
     with pytest.raises(FusionError, match="use_dora=True") as caught:
         open_models([str(tmp_path / "dora")])
-    assert "merge_and_unload(), save_pretrained()" in caught.value.hint
+    assert "merge_and_unload() and save_pretrained()" in caught.value.hint
     expected = logits(made)
     made.merge_and_unload().save_pretrained(tmp_path / "whole")
     merge(recipe_for("linear", [tmp_path / "whole"]), tmp_path / "out")
