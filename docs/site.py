@@ -38,8 +38,8 @@ TABLES = {"commands": commands, "methods": methods_table}
 
 
 def notebook_page(notebook: Path) -> str:
-    """A notebook's cells and outputs as a page in `notebooks/`."""
-    parts = []
+    """A notebook's cells and outputs as a page in `notebooks/`; searches list the guides before it."""
+    parts = ["---\nsearch:\n  boost: 0.5\n---"]
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
