@@ -117,10 +117,10 @@ def test_a_run_that_leaves_the_cards_intervals_is_named():
     card = SOURCES["demo-phatgoose"].read()[0]["results"]
     assert departures(card, card) == []
     run = copy.deepcopy(card)
-    own = next(system for system in run["systems"] if system["name"] == "PHATGOOSE")
+    own = next(predictor for predictor in run["predictors"] if predictor["name"] == "PHATGOOSE")
     own["scores"]["number-range"]["score"] = 0.35
     own["means"]["held-in"]["score"] = 0.575
-    run["systems"].remove(run["systems"][0])
+    run["predictors"].remove(run["predictors"][0])
     told = departures(run, card)
     assert [line.partition(": ")[0] for line in told if "stated" in line] == [
         "PHATGOOSE number-range",
