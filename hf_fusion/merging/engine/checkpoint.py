@@ -110,7 +110,7 @@ class OpenFiles:
             except OSError as error:
                 raise FusionError(f"{entry.file}: {entry.name} cannot be read ({error.strerror})") from None
             if not count:
-                raise FusionError(f"{entry.file} ends within {entry.name}", "fetch it again: it is truncated")
+                raise FusionError(f"{entry.file} ends within {entry.name}", "download it again: it is truncated")
             offset, view = offset + count, view[count:]
 
     def close(self) -> None:
@@ -179,20 +179,20 @@ def read_checkpoint(folder: Path, name: str, root: Path | None = None) -> dict[s
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(shard_by_tensor.values())):
         if not own_file(folder / shard, root):
-            raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "fetch it again")
+            raise FusionError(f"{name} lacks {shard}, which its {INDEX} names", "download it again")
         for key, entry in read_header(folder / shard, root).items():
             if shard_by_tensor.get(key) == shard:
                 tensors[key] = entry
     if missing := next((key for key in shard_by_tensor if key not in tensors), None):
         raise FusionError(
             f"{name}: {shown(missing)} is not in {shard_by_tensor[missing]}, where its {INDEX} locates it",
-            "fetch it again",
+            "download it again",
         )
     return tensors
 
 
 def _broken(file: Path, why: str) -> FusionError:
-    return FusionError(f"{file} is not a valid safetensors file: {why}", "fetch it again, or save it again")
+    return FusionError(f"{file} is not a valid safetensors file: {why}", "download it again, or save it again")
 
 
 def _span(file: Path, name: str, row: object) -> tuple[int, int]:

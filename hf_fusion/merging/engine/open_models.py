@@ -225,7 +225,7 @@ def _model(source: Source) -> Model:
     folder = _folder(source)
     name = str(source.ref)
     if not own_file(folder / "config.json"):
-        raise FusionError(f"{source.name} has no config.json", "fetch it again, or save it again")
+        raise FusionError(f"{source.name} has no config.json", "download it again, or save it again")
     config = read_json(folder / "config.json", source.name)
     if config.get("quantization_config"):
         raise FusionError(f"{source.name}: its weights are quantized", "use the unquantized checkpoint")

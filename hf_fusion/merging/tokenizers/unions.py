@@ -37,7 +37,7 @@ def load_tokenizer(text: str, added: Iterable[dict[str, Any]], name: str) -> Tok
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain exceptions, and panics for some files
-        raise FusionError(f"{name}: tokenizer.json is not valid ({one_line(error)})", "fetch it again") from None
+        raise FusionError(f"{name}: tokenizer.json is not valid ({one_line(error)})", "download it again") from None
     for token in added:
         if (token_id := tokenizer.token_to_id(token["content"])) != token["id"]:
             raise FusionError(
