@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 from hf_fusion.errors import FusionError, is_fault, one_line, shown, suggestion
 from hf_fusion.extras import MissingLibraryError
 from hf_fusion.families import METHODS, family_of
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from hf_fusion.models.fused import FusedPreTrainedModel
     from hf_fusion.models.fused_config import FusedConfig
 
+_AGAIN = f"download the model again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
+_HINTS = (
+    (NewerFormatError, None),  # its message has the next step
+    (LocalEntryNotFoundError, "its base is downloaded from the Hub: check the network and HF_ENDPOINT"),
+)
 _OTHER_RECIPE = f"copy the {RECIPE_FILE} that the model was made from into the folder"
 
 
@@ -135,12 +142,7 @@ def explain_load_errors(folder: Path) -> Iterator[None]:
             ) from error
         text = one_line(error)
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
-        is_newer = any(isinstance(each, NewerFormatError) for each in _causes(error))  # its message has the next step
-        hint = (
-            None
-            if is_newer
-            else f"download the model again, or make it again: hf-fusion fuse {RECIPE_FILE} --output DIR"
-        )
+        hint = next((hint for each in _causes(error) for kind, hint in _HINTS if isinstance(each, kind)), _AGAIN)
         raise FusionError(reason if str(folder) in reason else f"{folder} cannot be loaded: {reason}", hint) from error
 
 

@@ -259,3 +259,19 @@ def test_a_base_by_reference_is_a_repo(base, folders, monkeypatch):
     for load in (load_fused, PhatgooseRouter.from_pretrained):
         with pytest.raises((FusionError, ValueError), match=r"(no id on the Hub|here is a folder of that name|base)"):
             load(folders / "phatgoose")
+
+
+def test_a_base_that_cannot_be_reached_is_told(folders, hub, fresh_python):
+    """The folder is whole: making it again would not help."""
+    edit_json(folders / "phatgoose" / "config.json", base_by_reference=True, base={"id": "a/b", "revision": "0" * 40})
+    code = f"""
+from hf_fusion import FusionError
+from hf_fusion.fusion import load_fused
+try:
+    load_fused({str(folders / "phatgoose")!r})
+except FusionError as error:
+    print(error.message, "|", error.hint)
+"""
+    told = fresh_python(code, hub, HF_HUB_OFFLINE="1").stdout
+    assert "phatgoose cannot be loaded: " in told
+    assert told.endswith("| its base is downloaded from the Hub: check the network and HF_ENDPOINT\n")
