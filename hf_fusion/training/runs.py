@@ -62,6 +62,7 @@ def training_arguments(
                 "data_seed": seed,
                 "remove_unused_columns": False,
                 "dataloader_pin_memory": False,
+                "use_cpu": not torch.accelerator.is_available(),  # or transformers refuses bf16=True there
                 **more,
             }
         )

@@ -216,7 +216,7 @@ def test_clip_adapts_by_texts_for_classes():
 def test_bf16_and_tasks_of_unequal_size():
     model = merged()
     rows = {model.experts[0]: REVIEWS, model.experts[1]: REVIEWS.select(range(5))}
-    facts = adapt_routers(model, rows, loss="entropy", diversity=0, tolerance=1, bf16=True, use_cpu=True, **FEW)
+    facts = adapt_routers(model, rows, loss="entropy", diversity=0, tolerance=1, bf16=True, **FEW)
     assert facts.rows == {model.experts[0]: 18, model.experts[1]: 4}
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters() if p.requires_grad)
 
