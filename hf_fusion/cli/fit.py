@@ -327,10 +327,12 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
     with loading_libraries():
         from hf_fusion.fusion import load_fused, save_fused
         from hf_fusion.models.modeling_wemoe import WEMoEModel
-        from hf_fusion.training.routers import adapt_routers, fit_routers
+        from hf_fusion.training.routers import adapt_routers, fit_routers, reset_routers
 
     model, recipe = load_fused(args.folder, trust_remote_code=args.trust_remote_code)
     assert isinstance(model, WEMoEModel)
+    if model.config.adaptation:  # a new fit replaces the earlier one, it does not continue it
+        reset_routers(model)
     suite, owners = split_tasks(rows, model.experts, task, expert)
     owners = match_experts_by_name(suite, model.experts) | owners
     folder = Path(args.folder).resolve()

@@ -78,16 +78,24 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         sizes = ((), (experts,), (width, experts))[layers]
-        linears = [nn.Linear(width, size, **like) for size in sizes]
-        generator = torch.Generator().manual_seed(seed)  # so that a recipe always makes the same model
-        with torch.no_grad():
-            for linear in linears if like["device"].type != "meta" else []:
-                linear.weight.copy_(0.01 * torch.randn(linear.weight.shape, generator=generator))
-                linear.bias.fill_(scaling if linear is linears[-1] else 0.0)
-        self.layers = nn.ModuleList(linears)
-        self.constant = None if layers else nn.Parameter(torch.full((experts,), scaling, **like))
+        self.layers = nn.ModuleList(nn.Linear(width, size, **like) for size in sizes)
+        self.constant = None if layers else nn.Parameter(torch.empty(experts, **like))
+        self.seed = seed
+        if like["device"].type != "meta":
+            self.reset(scaling)
         for module in self.modules():  # otherwise transformers would initialise them again
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def reset(self, scaling: float) -> None:
+        """Sets the initial weights, which are random, but always the same: so a recipe always makes the same model."""
+        if self.constant is not None:
+            self.constant.fill_(scaling)
+        generator = torch.Generator().manual_seed(self.seed)
+        for linear in self.layers:
+            weight, bias = linear.weight, linear.bias
+            weight.copy_(0.01 * torch.randn(weight.shape, generator=generator))  # type: ignore[operator, arg-type]
+            bias.fill_(scaling if linear is self.layers[-1] else 0.0)  # type: ignore[operator]
 
     def forward(self, x: torch.Tensor, share: torch.Tensor | None = None, rounded: bool = False) -> torch.Tensor:
         """(B, T, d) and each token's share (B, T), or None for equal shares → (B, K); (1, K) for 0 layers.

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_fusion.errors import FusionError, suggestion
+from hf_fusion.models.routing_wemoe import Router
 from hf_fusion.training.adamerging import merged_once, training_objective
 from hf_fusion.training.adaptation import Adaptation
 from hf_fusion.training.batches import Examples, class_logits, read_examples, unlabelled
@@ -31,6 +32,7 @@ from hf_fusion.types import Expert
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.models.modeling_wemoe import WEMoEModel
     from hf_fusion.training.adamerging import LearnedMerge
 
 logger = logging.getLogger(__name__)
@@ -156,6 +158,14 @@ def fit_routers(
     loss = partial(_supervised, model, examples)
     report = Adaptation("labels", 0.0, learning_rate, batch_size)
     return _fit(model, examples, report, loss, steps, seed, output_dir, **more)
+
+
+def reset_routers(model: WEMoEModel) -> None:
+    """Gives all routers their initial weights: every coefficient is λ again."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.reset(model.config.scaling)
+    model.config.adaptation = None
 
 
 def _read(model: LearnedMerge, task: str, rows: Dataset | Examples, max_length: int, labelled: bool) -> Examples:
@@ -305,4 +315,4 @@ class _TaskRows(torch.utils.data.Dataset[Any]):
         return {task: examples.collate([item[task] for item in items]) for task, examples in self.examples.items()}
 
 
-__all__ = ["Adaptation", "adapt_routers", "fit_routers"]
+__all__ = ["Adaptation", "adapt_routers", "fit_routers", "reset_routers"]

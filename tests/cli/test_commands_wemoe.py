@@ -59,6 +59,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_new_fit_replaces_the_earlier_one(here, folders, tmp_path):
+    fused(here, folders)
+    words = ("fit", "routers", "fused", "--data", str(folders / "rows"), "--steps", "4", "--batch-size", "4")
+    here(*words)
+    once = (tmp_path / "fused" / "model.safetensors").read_bytes()
+    here(*words, "--seed", "1", "--overwrite")
+    assert (tmp_path / "fused" / "model.safetensors").read_bytes() != once
+    here(*words, "--overwrite")
+    assert (tmp_path / "fused" / "model.safetensors").read_bytes() == once
+
+
 def fused(here, folders) -> None:
     experts = [str(folders / name) for name in ("foxes", "dogs")]
     here("fuse", "--method", "wemoe", "--experts", *experts, "--base", str(folders / "base"), "--output", "fused")
