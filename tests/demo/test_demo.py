@@ -82,7 +82,7 @@ def test_published_repo_survives_a_hub_restart(folder, ran):
         assert {"README.md", "fusion.yaml", "results.json", "accuracy-cost.png", "model.safetensors"} <= files
         card = Path(api.hf_hub_download(summary["model"], "README.md")).read_text(encoding="utf-8")
         assert f'"{summary["revision"]}"' in card
-        assert re.search(r"1,?597 examples", card)
+        assert re.search(r"1,?597 rows", card)
     with Image.open(summary["plot"]) as picture:
         assert picture.size[0] > 1000
 
