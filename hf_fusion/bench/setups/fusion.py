@@ -308,10 +308,10 @@ class _ExpertModel:
 
     def generate(self, **inputs: Any) -> Any:
         """As the model's own."""
-        self.backbone.groups.experts = [self.local]
         settings = settings_of(self.foe.config, self.expert)
         given = settings.update(**inputs)
-        return self.model.generate(**given, generation_config=settings)
+        with self.backbone.groups.of([self.local]):
+            return self.model.generate(**given, generation_config=settings)
 
 
 def by_length(rows: Dataset) -> Dataset:
