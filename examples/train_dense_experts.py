@@ -31,6 +31,7 @@ from hf_fusion.bench.rows import task_rows
 from hf_fusion.bench.suite import load_suite
 from hf_fusion.evaluation.loop import TaskRows, predict_task
 from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.training.batches import read_examples
@@ -120,7 +121,7 @@ def train(task: str, epochs: int, limit: int | None, folder: Path) -> str:
             data_collator=learned.collate,
             compute_loss_func=lambda outputs, labels, **_: dense_loss(outputs.logits, labels),
         ).train()
-    data = TaskRows.of(task, metric, tested, model.device)
+    data = TaskRows.of(MeasuredTask(task, metric, len(tested.rows), task), tested, model)
     measured = score(predict_task([ModelPredictor(task, "expert", model.eval())], data, BATCH_SIZE)[task], metric)
     card = CARD.format(
         base=SOURCE, task=task, epochs=epochs, rows=len(train_rows), loss=LOSSES[task], learning_rate=LEARNING_RATE,
