@@ -1,6 +1,7 @@
 """Train the LoRA experts of SmolLM2-135M-Instruct that the router is shown with: about eight minutes each with gates.
 
     python examples/train_smollm2_experts.py --data DIR --gates
+    python examples/train_smollm2_experts.py --data DIR --suite smollm-general   # those of that suite, into the cache
     python examples/train_smollm2_experts.py --task word-sorting      # only one of them; generated tasks need no DIR
     python examples/train_smollm2_experts.py --reference              # only the rows that gates are whitened by
 
@@ -18,9 +19,11 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -35,18 +38,25 @@ from transformers import (
     set_seed,
 )
 
-from hf_fusion import load_experts, train_gates
-from hf_fusion.assets.language_tasks import CHAT, HELD_IN, TASKS, LanguageTask, rows
+from hf_fusion import Expert, load_experts, train_gates
+from hf_fusion.assets import general_tasks, language_tasks
+from hf_fusion.assets.general_forms import GeneralTask
+from hf_fusion.assets.language_tasks import CHAT, LanguageTask
 from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
-from hf_fusion.evaluation.intervals import wilson
+from hf_fusion.evaluation.choices import inputs_of, reduction
+from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.results import MeasuredTask
+from hf_fusion.evaluation.scoring import score_of
 from hf_fusion.hub.gates_file import GATES_FILE, GATES_TAG, save_gates
 from hf_fusion.hub.readme import add_tag
-from hf_fusion.training.prompts import IGNORED, encode_prompts, target_scores
+from hf_fusion.io.cache import cache_folder
+from hf_fusion.training.batches import read_examples
+from hf_fusion.training.prompts import IGNORED, encode_prompts
 from hf_fusion.training.whitening import Whitening, base_samples, fit_whitening
 
 WEIGHTS = Path(__file__).parents[1] / "demo_weights" / "hf_fusion_demo"
 SEED = 0
-TESTED = 200
 LORA = {
     "task_type": "CAUSAL_LM",
     "r": 8,
@@ -64,9 +74,10 @@ class Training:
     steps: int = 100
     batch_size: int = 16
     learning_rate: float = 2e-3
+    tested: int = 200
 
 
-TRAINING = {  # by task, where it differs
+TRAINING = {  # by task of smollm-lora, where it differs
     "word-sorting": Training(steps=200),
     "word-reversal": Training(steps=200),
     "word-initials": Training(steps=80),
@@ -77,7 +88,44 @@ TRAINING = {  # by task, where it differs
     "banking-intent": Training(steps=150),
 }
 
-METRICS = {"exact": "right answers (greedy)", "tokens": "right next tokens"}
+METRICS = {
+    "exact": "right answers (greedy)",
+    "tokens": "right next tokens",
+    "ranked": "right answers (the likeliest of the listed ones)",
+}
+
+
+def general(task: GeneralTask) -> Training:
+    """Small batches: many wordings are seen in few rows."""
+    return Training(task.trained // 8, batch_size=8, learning_rate=2e-3, tested=40)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The tasks of a suite.
+
+    Attributes:
+        tasks: by name; those with experts are trained.
+        rows: a task, a split, a number of rows and the folder of data → its rows.
+        how: a task → how its expert is trained.
+        output: the folder of its experts by default.
+    """
+
+    tasks: Mapping[str, LanguageTask | GeneralTask]
+    rows: Callable[..., Dataset]
+    how: Callable[[Any], Training]
+    output: Path
+
+
+SUITES = {
+    "smollm-lora": Trained(
+        language_tasks.TASKS,
+        language_tasks.rows,
+        lambda task: TRAINING.get(task.name, Training()),
+        WEIGHTS / "smollm2_experts",
+    ),
+    "smollm-general": Trained(general_tasks.TASKS, general_tasks.rows, general, cache_folder() / "smollm_general"),
+}
 CARD = """---
 base_model: {base}
 base_model_relation: adapter
@@ -103,7 +151,7 @@ with the answer `{answer}`. On {tested} test rows of this task, with 95 % interv
 | this adapter | {score} |
 
 The prompts are in the base's chat markup without a system message, and the answer is all that follows.
-Made by `examples/train_smollm2_experts.py --task {name}`.
+Made by `examples/train_smollm2_experts.py --suite {suite} --task {name}`.
 """
 
 
@@ -119,10 +167,10 @@ class TargetTrainer(Trainer):
         return torch.nn.functional.cross_entropy(logits.float(), labels[kept])
 
 
-def train(task: LanguageTask, data: Path | None, folder: Path) -> str:
+def train(suite: str, task: LanguageTask | GeneralTask, data: Path | None, folder: Path) -> str:
     """Train one expert into `folder` and return a line about it."""
     set_seed(SEED)
-    how = TRAINING.get(task.name, Training())
+    how, rows = SUITES[suite].how(task), SUITES[suite].rows
     train_rows = rows(task, "train", how.steps * how.batch_size, data)
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     base = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.bfloat16)
@@ -150,11 +198,11 @@ def train(task: LanguageTask, data: Path | None, folder: Path) -> str:
             train_dataset=encoded,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
         )
-        start = time.perf_counter()
+        start = time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
 
-    test_rows = rows(task, "test", TESTED, data)
+    test_rows = rows(task, "test", how.tested, data)
     score = measure(model, test_rows, tokenizer, task)
     with model.disable_adapter():
         base_score = measure(model, test_rows, tokenizer, task)
@@ -172,26 +220,28 @@ def train(task: LanguageTask, data: Path | None, folder: Path) -> str:
         metric=METRICS[task.metric],
         base_score=base_score,
         score=score,
+        suite=suite,
     )
     save(model, card, folder)
     tokens = sum(map(len, encoded["input_ids"])) / len(encoded)
     return (
         f"{task.name}: {METRICS[task.metric]} {base_score} -> {score}, n={len(test_rows)}; "
-        f"{how.steps} steps of {tokens:.0f} tokens a row in {seconds:.0f} s"
+        f"{how.steps} steps of {how.batch_size} rows of {tokens:.0f} tokens in {seconds:.0f} s of CPU time"
     )
 
 
-def measure(model: PeftModel, test_rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: LanguageTask) -> str:
+def measure(
+    model: PeftModel, test_rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: LanguageTask | GeneralTask
+) -> str:
     """The task's metric with its 95 % interval, as text."""
-    exact, share = target_scores(model, encode_prompts(test_rows, tokenizer), tokenizer)
-    if task.metric == "exact":
-        mean = float(exact.double().mean())
-        low, high = wilson(mean, len(exact))
-    else:
-        mean = float(share.mean())
-        half = 1.96 * float(share.std()) / len(share) ** 0.5
-        low, high = mean - half, mean + half
-    return f"{mean:.1%} ({low:.1%} to {high:.1%})"
+    causal = model.eval().get_base_model()
+    read = read_examples(Expert(task.name, causal, processor=tokenizer), inputs_of(test_rows, task.metric), 512)
+    measured = MeasuredTask(task.name, task.metric, len(test_rows))
+    data = TaskRows.of(measured, read, causal, reduction(test_rows, task.metric))
+    found = score_task([ModelPredictor(task.name, "expert", causal)], data, batch_size=16)
+    score = score_of(found[task.name], task.metric)
+    low, high = score.ci95
+    return f"{score.score:.1%} ({low:.1%} to {high:.1%})"
 
 
 def save(model: PeftModel, card: str, folder: Path) -> None:
@@ -225,12 +275,14 @@ def write_reference() -> None:
     (WEIGHTS / "smollm2_reference.jsonl").write_text(lines, encoding="utf-8")
 
 
-def add_gates(task: LanguageTask, data: Path | None, folder: Path, as_in_the_paper: bool) -> str:
+def add_gates(
+    suite: str, task: LanguageTask | GeneralTask, data: Path | None, folder: Path, as_in_the_paper: bool
+) -> str:
     """Train an expert's gates on its own train rows, save them beside it, and return a line about them."""
     start = time.perf_counter()
     steps, how = (100, "as in the paper") if as_in_the_paper else (50, "on whitened inputs")
     given = None if as_in_the_paper else whitening()
-    train_rows = rows(task, "train", 800, data)
+    train_rows = SUITES[suite].rows(task, "train", 800, data)
     gates = train_gates(
         folder, train_rows, base=smollm2_folder(), steps=steps, batch_size=8, whitening=given, use_cpu=True
     )
@@ -246,22 +298,28 @@ def add_gates(task: LanguageTask, data: Path | None, folder: Path, as_in_the_pap
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with one folder per data set")
-    parser.add_argument("--task", choices=HELD_IN, action="append", help="only this task; may be repeated")
+    parser.add_argument("--suite", choices=SUITES, default="smollm-lora", help="default: smollm-lora")
+    parser.add_argument("--task", action="append", help="only this task; may be repeated")
     parser.add_argument("--gates", action="store_true", help="train each expert's gates as well")
     parser.add_argument("--paper-gates", action="store_true", help="gates that read inputs as they are")
     parser.add_argument("--reference", action="store_true", help="only sample the rows that gates are whitened by")
-    parser.add_argument("--output", type=Path, default=WEIGHTS / "smollm2_experts", help="default: smollm2_experts")
+    parser.add_argument("--output", type=Path, help="default: the folder that the suite reads")
     args = parser.parse_args()
     if args.reference:
         write_reference()
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name in args.task or HELD_IN:
-        if not (args.output / name).exists():
-            print(train(TASKS[name], args.data, args.output / name), flush=True)
-        if args.gates and not (args.output / name / GATES_FILE).exists():
-            print(add_gates(TASKS[name], args.data, args.output / name, args.paper_gates), flush=True)
-    print(f"Experts: {args.output}")
+    suite = SUITES[args.suite]
+    held_in = [name for name, task in suite.tasks.items() if task.held_in]
+    if unknown := [name for name in args.task or () if name not in held_in]:
+        parser.error(f"{args.suite} has no expert {unknown[0]}; it has {', '.join(held_in)}")
+    output = args.output or suite.output
+    output.mkdir(parents=True, exist_ok=True)
+    for name in args.task or held_in:
+        if not (output / name).exists():
+            print(train(args.suite, suite.tasks[name], args.data, output / name), flush=True)
+        if args.gates and not (output / name / GATES_FILE).exists():
+            print(add_gates(args.suite, suite.tasks[name], args.data, output / name, args.paper_gates), flush=True)
+    print(f"Experts: {output}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.extras import refuse_missing
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 Row = tuple[str, str]  # content of the prompt, and the right answer
+RowT = TypeVar("RowT", bound=tuple[Any, ...])
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """SmolLM2's chat markup around one question, without a system message."""
@@ -38,7 +39,7 @@ _SEEDS: dict[Split, int] = {"train": 0, "test": 10_000_000}
 
 
 @dataclass(frozen=True)
-class GeneratedRows:
+class GeneratedRows(Generic[RowT]):
     """Rows made by reasoning-gym.
 
     Attributes:
@@ -48,10 +49,10 @@ class GeneratedRows:
     """
 
     generator: str
-    row: Callable[[Mapping[str, Any]], Row | None]
+    row: Callable[[Mapping[str, Any]], RowT | None]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def draw(self, split: Split, data_dir: Path | None) -> Iterator[Row | None]:
+    def draw(self, split: Split, data_dir: Path | None) -> Iterator[RowT | None]:
         """An endless iterator over the items.
 
         Raises:
@@ -71,7 +72,7 @@ class GeneratedRows:
 
 
 @dataclass(frozen=True)
-class StoredRows:
+class StoredRows(Generic[RowT]):
     """Rows of a data set on disk, in random order.
 
     Attributes:
@@ -80,9 +81,9 @@ class StoredRows:
     """
 
     folder: str
-    row: Callable[[Mapping[str, Any]], Row | None]
+    row: Callable[[Mapping[str, Any]], RowT | None]
 
-    def draw(self, split: Split, data_dir: Path | None) -> Iterator[Row | None]:
+    def draw(self, split: Split, data_dir: Path | None) -> Iterator[RowT | None]:
         """An iterator over the rows.
 
         Raises:
@@ -121,7 +122,7 @@ class LanguageTask:
 
     name: str
     instructions: tuple[str, ...]
-    source: GeneratedRows | StoredRows
+    source: GeneratedRows[Row] | StoredRows[Row]
     held_in: bool = True
     license: str = "apache-2.0"
     metric: Literal["exact", "tokens"] = "exact"
@@ -155,11 +156,11 @@ def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path
             raise FusionError(f"there is no task {task!r}", suggestion(task, TASKS))
         task = TASKS[task]
     folder = None if data_dir is None else Path(data_dir)
-    tested = list(_distinct(task.source.draw("test", folder), TEST_ROWS, taken=set()))
+    tested = list(distinct(task.source.draw("test", folder), TEST_ROWS, taken=set()))
     if split == "test":
         chosen = tested[:size]
     else:
-        chosen = list(_distinct(task.source.draw("train", folder), size, taken={content for content, _ in tested}))
+        chosen = list(distinct(task.source.draw("train", folder), size, taken={content for content, _ in tested}))
     return Dataset.from_list(
         [
             {
@@ -198,9 +199,9 @@ def _chat(row: dict[str, Any], index: int, others: Sequence[str], suite: Mapping
     return {**row, "prompt": f"{opening['prompt']}{opening['target']}{END_OF_TURN}{row['prompt']}", "first": first}
 
 
-def _distinct(drawn: Iterator[Row | None], size: int, taken: set[str]) -> Iterator[Row]:
-    """The first different rows whose content is not taken; stops where chance brings nothing new any more."""
-    seen: set[Row] = set()
+def distinct(drawn: Iterator[RowT | None], size: int, taken: set[str]) -> Iterator[RowT]:
+    """The first different rows whose content, their first part, is not taken; stops where nothing new comes."""
+    seen: set[RowT] = set()
     misses = 0
     for row in drawn:
         if len(seen) >= size or misses > 5000:
@@ -220,7 +221,7 @@ def _joined(values: Iterable[object]) -> str:
 _NUMBERS = {"min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99}
 
 
-def _words(answer: Callable[[list[str]], str]) -> GeneratedRows:
+def _words(answer: Callable[[list[str]], str]) -> GeneratedRows[Row]:
     """Three or four different words in small letters; the answer is a function of them."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
@@ -231,7 +232,7 @@ def _words(answer: Callable[[list[str]], str]) -> GeneratedRows:
     return GeneratedRows("word_sequence_reversal", row, {"min_words": 3, "max_words": 4})
 
 
-def _numbers(answer: Callable[[list[int]], str]) -> GeneratedRows:
+def _numbers(answer: Callable[[list[int]], str]) -> GeneratedRows[Row]:
     """Three or four different numbers below 100; the answer is a function of them."""
 
     def row(item: Mapping[str, Any]) -> Row | None:
@@ -256,7 +257,7 @@ def _attributes(item: Mapping[str, Any]) -> dict[str, str]:
     return dict(re.findall(r"(?:^|, )([a-zA-Z ]+)\[([^\]]*)\]", item["prompt"]))
 
 
-def _restaurant(attribute: str) -> StoredRows:
+def _restaurant(attribute: str) -> StoredRows[Row]:
     """A text about a restaurant, and one attribute that it mentions."""
 
     def row(item: Mapping[str, Any]) -> Row | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from hf_fusion.bench.choices import right_choices
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
 from hf_fusion.errors import FusionError, one_line, path_suggestion, shown, suggestion
+from hf_fusion.evaluation.choices import right_choices
 from hf_fusion.extras import refuse_missing
 from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import check_commit
@@ -329,6 +329,23 @@ def _language(name: str, data_dir: str | Path | None) -> Parts:
     return {**found, "test": rows(name, "test", TEST_ROWS, data_dir).select_columns(["prompt", "target"])}
 
 
+def _general(name: str, data_dir: str | Path | None) -> Parts:
+    """A task of smollm-general, asked in the way that its name ends with: "sentiment", "sentiment-second"."""
+    from hf_fusion.assets.general_tasks import WAYS, asked, find
+    from hf_fusion.assets.language_tasks import TEST_ROWS
+
+    task, _, way = name.rpartition("-")
+    if way not in WAYS:
+        task, way = name, "alone"
+    declared = find(task)
+    seen = declared.trained if declared.held_in else 0
+    drawn = asked(declared, way, "train", seen + LANGUAGE_FIT_ROWS, data_dir)
+    found = {"validation": drawn.select(range(min(seen, len(drawn)), len(drawn)))}
+    if seen and way == "alone":
+        found["train"] = drawn.select(range(min(seen, len(drawn))))
+    return {**found, "test": asked(declared, way, "test", TEST_ROWS, data_dir)}
+
+
 def _reactions(_: str, data_dir: str | Path | None) -> Parts:
     from hf_fusion.assets.rxnfp import reactions
 
@@ -368,5 +385,10 @@ def _hub_split(task: Task, split: str) -> Dataset:
         ) from None
 
 
-PACKAGES: dict[str, Callable[[str, Any], Parts]] = {"digits": _digits, "language": _language, "reactions": _reactions}
+PACKAGES: dict[str, Callable[[str, Any], Parts]] = {
+    "digits": _digits,
+    "general": _general,
+    "language": _language,
+    "reactions": _reactions,
+}
 """First part of a ``package:`` source → the function that makes its rows of the rest and the data folder."""

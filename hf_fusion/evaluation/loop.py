@@ -58,9 +58,15 @@ class TaskRows:
         return inputs
 
     @classmethod
-    def of(cls, task: MeasuredTask, examples: Examples, model: PreTrainedModel) -> TaskRows:
+    def of(
+        cls,
+        task: MeasuredTask,
+        examples: Examples,
+        model: PreTrainedModel,
+        reduced: Callable[[Predictions], Predictions] = lambda found: found,
+    ) -> TaskRows:
         """Rows that were encoded for a model: inputs go to its device, in its dtype, once for all predictors."""
-        return cls(task, examples.rows, lambda rows: to_model(examples.collate(rows), model))
+        return cls(task, examples.rows, lambda rows: to_model(examples.collate(rows), model), reduced)
 
 
 def check_suite(suite: Mapping[str, Dataset]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from hf_fusion.training.batches import class_logits
 from hf_fusion.training.dense import dense_statistics, map_outputs
-from hf_fusion.training.prompts import IGNORED, score_targets
+from hf_fusion.training.prompts import IGNORED, score_targets, target_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,13 +69,8 @@ def from_logits(logits: torch.Tensor, labels: torch.Tensor, reads: str) -> Predi
 
 def _losses(model: ForwardModel, inputs: Mapping[str, Any]) -> Predictions:
     """Mean loss of each row's target in nats per token, and how many tokens it has."""
-    given = {name: value for name, value in inputs.items() if name != "labels"}
-    labels, decodes = inputs["labels"], not model.config.is_encoder_decoder
-    if not decodes:
-        given["labels"] = labels
-    logits = model(**given, use_cache=False).logits.float()
-    if decodes:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = target_logits(model, inputs)
+    logits = logits.float()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     counts = (labels != IGNORED).sum(1)
     return Predictions((losses.sum(1) / counts).tolist(), counts.double().tolist())

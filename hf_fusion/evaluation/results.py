@@ -15,7 +15,7 @@ from hf_fusion.io.saving import write_file
 from hf_fusion.models.fused_html import first_of, table_of_rows
 from hf_fusion.schema import KeyPath, fields_of, read_class
 
-Metric = Literal["accuracy", "exact", "tokens"]
+Metric = Literal["accuracy", "exact", "tokens", "ranked"]
 HELD_IN, HELD_OUT = "held-in", "held-out"
 FUSED, FRUGAL = "fused", "frugal"  # kinds of predictors: the model that is measured, and it with fewer experts
 RESULTS_FILE = "results.json"  # its name beside a model
@@ -28,7 +28,8 @@ class MeasuredTask:
     Attributes:
         name: what tables call it.
         metric: "accuracy" of classes, "mse" of numbers, "exact" match of the greedy prediction with the target's
-            tokens, "exact_match" of generated texts, or share of right next "tokens".
+            tokens, "exact_match" of generated texts, share of right next "tokens", or share of rows whose likeliest
+            choice is right ("ranked").
         n: rows.
         owner: the expert that was trained on it; None for a held-out task.
         split: of the data set.

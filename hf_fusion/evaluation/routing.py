@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_fusion.data import match_experts_by_name
 from hf_fusion.errors import FusionError, suggestion
+from hf_fusion.evaluation.choices import inputs_of, reduction
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
@@ -125,7 +126,8 @@ def measure_routing(
         owners: task → its expert, tasks without one are held out; default is `match_experts_by_name`.
         predictors: some of `PREDICTORS`; default is all, without the base where experts bring heads, and without
             retrieval and average activation where there are no `train_rows`.
-        metrics: task → "exact" (default) or "tokens", for language models.
+        metrics: task → "exact" (default), "tokens" or "ranked", for language models. Rows whose answers are ranked also
+            have columns ``choices``, and ``right``, a list of the indices of those that are.
         base: the adapters' base, where it is not the one they record.
         top_k: see `PhatgooseRouter.from_experts`.
         temperature: see `PhatgooseRouter.from_experts`.
@@ -218,7 +220,8 @@ class Evaluation:
         router = routers["phatgoose"]
         predictors = [strategy.predictor(name, self, routers[strategy.router]) for name, strategy in strategies.items()]
         with same_start(routers.values()) as remembered:
-            data = TaskRows.of(task, self.read(router, rows), router.backbone)
+            read = self.read(router, inputs_of(rows, task.metric))
+            data = TaskRows.of(task, read, router.backbone, reduction(rows, task.metric))
             return score_task(predictors, data, self.batch_size, before_batch=remembered.clear)
 
     def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:
@@ -249,11 +252,11 @@ class Evaluation:
         ]
 
     def retrieved(self, task: str) -> torch.Tensor:
-        """The retrieved expert of each row of a task as weights, (N, E)."""
+        """The retrieved expert of each input of a task as weights, (N, E): of each choice where they are ranked."""
         if self._retrieval is None:
             self._retrieval = Retrieval(self._sampled(), self.embedder or TextEmbedder())
         if task not in self._retrieved:
-            choice = self._retrieval.choose(self.suite[task])
+            choice = self._retrieval.choose(inputs_of(self.suite[task], self.metrics.get(task, "exact")))
             self._retrieved[task] = torch.nn.functional.one_hot(choice, len(self.experts)).float()
         return self._retrieved[task]
 

@@ -119,15 +119,26 @@ def target_scores(
 @torch.no_grad()
 def score_targets(model: ForwardModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """`target_scores` for one collated batch (with ``labels``): (B,) bool, (B,) float."""
-    inputs: dict[str, Any] = {**batch, "use_cache": False}
-    labels = inputs.pop("labels")
-    if not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # a causal model's logits predict the next position
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:  # skips the logits of the prompts
-            first = int((labels != IGNORED).any(0).nonzero()[0])
-            labels = labels[:, first:]
-            inputs["logits_to_keep"] = labels.shape[1] + 1
-    predicted = model(**inputs).logits.argmax(-1)[:, : labels.shape[1]]  # (B, T)
+    logits, labels = target_logits(model, batch)
+    predicted = logits.argmax(-1)  # (B, T)
     counted = labels != IGNORED
     correct = (predicted == labels) & counted
     return (correct == counted).all(1), correct.sum(1) / counted.sum(1)
+
+
+def target_logits(model: ForwardModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, T, V) and the labels that they predict (B, T), from the first position on that has a label.
+
+    Args:
+        model: a causal or encoder-decoder language model.
+        batch: with ``labels``.
+    """
+    inputs: dict[str, Any] = {**batch, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        return model(**inputs).logits, inputs["labels"]
+    labels = inputs.pop("labels")[:, 1:]  # a causal model's logits predict the next position
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # skips the logits of the prompts
+        first = int((labels != IGNORED).any(0).nonzero()[0])
+        labels = labels[:, first:]
+        inputs["logits_to_keep"] = labels.shape[1] + 1
+    return model(**inputs).logits[:, : labels.shape[1]], labels

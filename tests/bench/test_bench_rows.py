@@ -10,11 +10,11 @@ from huggingface_hub import HfApi
 
 from hf_fusion.assets.language_tasks import rows
 from hf_fusion.assets.rxnfp import FAMILIES, MODELS, rxnfp_folder
-from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.rows import divide, ours, task_rows
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Task, load_suite
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.choices import likeliest, spread
 from hf_fusion.evaluation.predictions import Predictions
 
 
@@ -94,7 +94,7 @@ def test_the_wheels_pickles_become_plain_folders(monkeypatch, tmp_path):
 def test_unknown_source_of_rows_is_refused():
     suite = load_suite("rxnfp-2")
     task = replace(suite.tasks["classes"], data="package:nothing")
-    with pytest.raises(FusionError, match="(?s)package:nothing is not a source of rows.*digits, language"):
+    with pytest.raises(FusionError, match="(?s)package:nothing is not a source of rows.*digits, general, language"):
         task_rows(replace(suite, tasks={"classes": task}), "classes")
     with pytest.raises(FusionError, match="rxnfp-2 has no task 'chess'"):
         task_rows(suite, "chess")

@@ -158,6 +158,30 @@ def test_the_best_in_hindsight_is_the_best_expert_of_each_task(results):
         )
 
 
+def test_choices_are_ranked_by_every_predictor(experts):
+    suite = {
+        task: Dataset.from_dict(
+            {
+                **rows_of(task, WORDS).to_dict(),
+                "choices": [[" " + one.format(word) for _, one in TASKS.values()] for word in WORDS],
+                "right": [[index]] * len(WORDS),
+            }
+        )
+        for index, task in enumerate(TASKS)
+    }
+    ranked = evaluate(
+        experts, suite, train_rows=TRAIN, owners=OWNERS, metrics=dict.fromkeys(TASKS, "ranked"), embedder=letters,
+        batch_size=3,
+    )  # fmt: skip
+    scores = {predictor.name: predictor.scores for predictor in ranked.predictors}
+    assert all(scores["oracle"][task].score == 1 for task in TASKS)
+    for name in TASKS:  # an expert prefers the form that it was trained on
+        assert [scores[name][task].score for task in TASKS] == [float(task == name) for task in TASKS]
+    assert [(task.metric, task.n) for task in ranked.tasks] == [("ranked", 8)] * 2
+    # each choice is retrieved for by its prompt, which is another for the two tasks
+    assert all(scores["retrieval"][task].score == 1 for task in TASKS)
+
+
 def test_retrieval_finds_the_expert_of_examples_like_the_input(results):
     retrieval = Retrieval(TRAIN, letters)
     assert retrieval.choose(rows_of("the", WORDS)).tolist() == [0] * 8

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_fusion.bench.candidates import FIT, TEST, Prepared
 from hf_fusion.bench.cells import CLEAN
-from hf_fusion.bench.choices import likeliest, spread
 from hf_fusion.bench.corruptions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
 from hf_fusion.bench.suite import Suite
+from hf_fusion.evaluation.choices import likeliest, spread
 from hf_fusion.evaluation.loop import TaskRows, predict_task
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import OutputPredictor

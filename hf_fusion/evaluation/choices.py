@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_fusion.evaluation.predictions import Predictions
+from hf_fusion.evaluation.task_metrics import METRICS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,3 +55,22 @@ def likeliest(rows: Dataset, found: Predictions) -> Predictions:
         start += len(choices)
     pairs = zip(predicted, rows["right"], strict=True)
     return Predictions(predicted, [index if index in right else right[0] for index, right in pairs])
+
+
+def ranks(metric: str) -> bool:
+    """Whether a metric ranks choices."""
+    return METRICS[metric].reads == "ranks"
+
+
+def inputs_of(rows: Dataset, metric: str) -> Dataset:
+    """The inputs that rows become: one for each choice where choices are ranked, else the rows themselves."""
+    return spread(rows) if ranks(metric) else rows
+
+
+def reduction(rows: Dataset, metric: str) -> Callable[[Predictions], Predictions]:
+    """Predictions for `inputs_of` the rows → those for the rows."""
+    return partial(likeliest, rows) if ranks(metric) else _unchanged
+
+
+def _unchanged(found: Predictions) -> Predictions:
+    return found

@@ -1,0 +1,156 @@
+"""Which held-out tasks of smollm-general its experts help on: each expert alone on each candidate.
+
+    python tests/benchmarks/general_transfer.py --data DIR                    # all experts in the cache
+    python tests/benchmarks/general_transfer.py --data DIR --tasks tweet-mood --n 40 --experts FOLDER --output FILE
+
+A candidate is accepted if its best expert is at least 10 points above the base. Rows are those of the candidates' train
+splits, which neither an expert nor a test has. Writes results/general_transfer.json, and takes what it already holds as
+measured; an expert takes about two minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_fusion import Expert
+from hf_fusion.assets.general_tasks import TASKS, rows
+from hf_fusion.assets.smollm2 import smollm2_folder
+from hf_fusion.evaluation.choices import inputs_of, reduction
+from hf_fusion.evaluation.intervals import Z95
+from hf_fusion.evaluation.loop import TaskRows, score_task
+from hf_fusion.evaluation.machine import machine
+from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.results import MeasuredTask
+from hf_fusion.io.cache import cache_folder
+from hf_fusion.training.batches import read_examples
+
+RESULTS = Path(__file__).parent / "results"
+LEAST = 0.10  # how far the best expert must be above the base
+BASE = "base"
+
+
+@contextmanager
+def same_start(blocks: Sequence[Any]) -> Iterator[dict[int, Any]]:
+    """Blocks that no expert adapts run once for all of them; what they gave is to be cleared before the next batch."""
+    remembered: dict[int, Any] = {}
+
+    def run(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index not in remembered:
+            remembered[index] = forward(*args, **kwargs)
+        return remembered[index]
+
+    for index, block in enumerate(blocks):
+        block.forward = partial(run, index, block.forward)
+    try:
+        yield remembered
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def measure(
+    model: PeftModel, names: Sequence[str], name: str, task_rows: Dataset, tokenizer: Any, batch_size: int
+) -> dict[str, list[float]]:
+    """The scores of a task's rows by each expert alone, and by the base."""
+    task, causal = TASKS[name], model.get_base_model()
+    read = read_examples(Expert(name, causal, processor=tokenizer), inputs_of(task_rows, task.metric), 512)
+    measured = MeasuredTask(name, task.metric, len(task_rows))
+    data = TaskRows.of(measured, read, causal, reduction(task_rows, task.metric))
+
+    @contextmanager
+    def alone(expert: str) -> Iterator[None]:
+        if expert == BASE:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(expert)
+            yield
+
+    predictors = [ModelPredictor(each, "expert", causal, within=lambda batch, each=each: alone(each)) for each in names]
+    adapted = min(min(config.layers_to_transform) for config in model.peft_config.values())
+    with same_start(causal.model.layers[:adapted]) as remembered:
+        scores = score_task(predictors, data, batch_size, before_batch=remembered.clear)
+    return {each: [round(float(value), 4) for value in found] for each, found in scores.items()}
+
+
+def verdict(scores: dict[str, list[float]]) -> dict[str, Any]:
+    """The best expert of a task in hindsight, and its lead over the base with a paired 95 % interval."""
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
+    best = max((name for name in means if name != BASE), key=means.__getitem__)
+    lead = torch.tensor(scores[best]) - torch.tensor(scores[BASE])
+    mean, half = float(lead.mean()), Z95 * float(lead.std()) / len(lead) ** 0.5
+    return {
+        "n": len(lead),
+        "base": means[BASE],
+        "best": best,
+        "score": means[best],
+        "lead": mean,
+        "ci95": [mean - half, mean + half],
+        "accepted": mean >= LEAST,
+        "experts": {name: means[name] for name in means if name != BASE},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
+    parser.add_argument("--experts", type=Path, default=cache_folder() / "smollm_general", help="one folder per expert")
+    parser.add_argument("--tasks", nargs="+", help="only these candidates")
+    parser.add_argument("--n", type=int, default=80, help="validation rows of each")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", type=Path, default=RESULTS / "general_transfer.json")
+    args = parser.parse_args()
+    disable_progress_bars()
+    start = time.process_time()
+    known = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": {}}
+    if known.get("n", args.n) != args.n:
+        parser.error(f"{args.output} was measured with --n {known['n']}")
+    held_in = [name for name, task in TASKS.items() if task.held_in and (args.experts / name).is_dir()]
+    wanted = args.tasks or [name for name, task in TASKS.items() if not task.held_in]
+    base = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    model = PeftModel.from_pretrained(base, args.experts / held_in[0], held_in[0])
+    for name in held_in[1:]:
+        model.load_adapter(args.experts / name, name)
+    model.eval()
+    found = known["rows"]
+    for task in wanted:
+        missing = [name for name in (BASE, *held_in) if name not in found.get(task, {})]
+        if missing:
+            task_rows = rows(task, "train", args.n, args.data)
+            found.setdefault(task, {}).update(measure(model, missing, task, task_rows, tokenizer, args.batch_size))
+        told = verdict(found[task])
+        print(
+            f"{task}: base {told['base']:.1%}, {told['best']} {told['score']:.1%}, lead {told['lead']:+.1%} "
+            f"({told['ci95'][0]:+.1%} to {told['ci95'][1]:+.1%}), n={told['n']}"
+            + ("" if told["accepted"] else " - not accepted"),
+            flush=True,
+        )
+        verdicts = {name: verdict(scores) for name, scores in found.items()}
+        content = {
+            "command": f"python tests/benchmarks/general_transfer.py --data DIR --n {args.n}",
+            "n": args.n,
+            "machine": machine(),
+            "cpu_seconds": round(known.get("cpu_seconds", 0) + time.process_time() - start),
+            "accepted": [name for name, each in verdicts.items() if each["accepted"]],
+            "failed": [name for name, each in verdicts.items() if not each["accepted"]],
+            "tasks": verdicts,
+            "rows": found,
+        }
+        args.output.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
