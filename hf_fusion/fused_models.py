@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from hf_fusion.types import Expert
 
 
+logger = logging.getLogger(__name__)
+
+
 def _load_for_foe(experts: Sequence[ExpertLike], base: ExpertLike | None = None) -> list[Expert]:
     """Loads the experts of `FoEModel.from_experts`."""
     return load_experts(experts, base=base)
@@ -49,6 +53,12 @@ def _load_for_phatgoose(
         raise ValueError(f"missing_gates names {unknown[0]}, but the experts are {', '.join(names)}")
     if superfluous := [expert.name for expert in loaded if expert.name in given and expert.gates is not None]:
         raise ValueError(f"missing_gates names {superfluous[0]}, which has gates")
+
+    without = [expert.name for expert in loaded if expert.gates is None]
+    to_arrow = [name for name in without if missing_gates == "arrow" or given.get(name) == "arrow"]
+    if to_arrow and any(expert.gates is not None and expert.gates.gaussians for expert in loaded):
+        logger.warning("%s has no gates: all experts are routed by Arrow prototypes", to_arrow[0])
+        all_arrow = True  # scores of Gaussian gates and of prototypes cannot be compared
 
     def stand_in(expert: Expert) -> Expert:
         where = "arrow" if all_arrow or missing_gates == "arrow" else given.get(expert.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from hf_fusion.models.fused_html import facts_table, first_of, lines_of, table_of_rows
 
@@ -249,23 +249,39 @@ class Adapter:
         return ModelRef(self.base, self.base_revision) if self.base else None
 
 
-@dataclass
-class Gates:
-    """The gates by which PHATGOOSE routes: one vector per linear layer that an expert adapts.
+class Gaussian(NamedTuple):
+    """Mean and principal directions of an input; other directions have the variance `NOISE` of `models`.
 
     Attributes:
-        vectors: module path in the base -> gate vector (d_in,).
-        kind: how they were made: "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
+        mean: (d_in,).
+        directions: (r, d_in), orthonormal.
+        variances: (r,), along the directions.
+    """
+
+    mean: torch.Tensor
+    directions: torch.Tensor
+    variances: torch.Tensor
+
+
+@dataclass
+class Gates:
+    """The gates by which PHATGOOSE routes: Gaussians at a few inputs of the base, or a vector per adapted linear layer.
+
+    Attributes:
+        vectors: module path in the base -> gate vector (d_in,); empty if the gates are Gaussian.
+        kind: how they were made: "gaussian" or "trained" (`train_gates`), "average" (`average_activation`) or "arrow"
             (`arrow_prototypes`).
         offsets: for whitened gates, module path -> what is subtracted from the gate's product with LN(x), so that the
             score is a log-likelihood ratio. The router standardises gates without offsets, as in the paper.
         facts: facts about their training, as far as known: "steps", "examples", "loss_before", "loss_after".
+        gaussians: path of a linear in the base -> the expert's density of LN(x), x the linear's input.
     """
 
     vectors: dict[str, torch.Tensor]
     kind: str = "trained"
     offsets: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    gaussians: dict[str, Gaussian] = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -273,7 +289,7 @@ class Gates:
         return f"whitened {self.kind}" if self.offsets else self.kind
 
     def _repr_html_(self) -> str:
-        return facts_table({"gates": self.description, "linears": list(self.vectors), **self.facts})
+        return facts_table({"gates": self.description, "linears": list(self.vectors or self.gaussians), **self.facts})
 
 
 @dataclass

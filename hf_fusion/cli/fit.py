@@ -88,16 +88,17 @@ def _add_gates(gates: argparse.ArgumentParser) -> None:
     gates.add_argument("--base", metavar="ID", help="the adapter's base model, instead of the recorded one")
     gates.add_argument(
         "--kind",
-        choices=("trained", "average"),
-        default="trained",
-        help="trained (default), or average: the mean input of each linear layer, without training",
+        choices=("gaussian", "paper", "average"),
+        help="gaussian: densities of a few inputs of the base, one pass without training (default; where the base has "
+        "no such inputs, or with --reference, paper); paper: a trained vector per linear layer; average: the mean "
+        "input of each linear layer",
     )
     gates.add_argument(
         "--reference",
         metavar="DATA",
-        help="rows of all domains; the gates then read inputs that are whitened by these rows",
+        help="rows of all domains; the gates (paper, average) then read inputs that are whitened by these rows",
     )
-    gates.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
+    gates.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the paper's gates (default: 100)")
     gates.add_argument("--learning-rate", type=POSITIVE, metavar="X", help="default: 0.005; with --reference: 0.0001")
     gates.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="examples per step (default: 16)")
     gates.add_argument(
@@ -273,6 +274,7 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
         gates = train_gates(
             adapter,
             rows,
+            gates=args.kind,
             steps=args.steps,
             learning_rate=args.learning_rate,
             seed=args.seed,
@@ -286,9 +288,8 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     if args.push:
         pushed = push_gates(gates, ref.id, revision=ref.revision)
         written |= {"repo": pushed.repo_id, "revision": pushed.sha, "url": pushed.url}
-    out.result(
-        {"trained": "Trained", "average": "Averaged"}[args.kind], **written, gates=len(gates.vectors), **gates.facts
-    )
+    verb = {"gaussian": "Fitted", "trained": "Trained", "average": "Averaged"}[gates.kind]
+    out.result(verb, **written, gates=len(gates.vectors or gates.gaussians), **gates.facts)
     use = f"hf-fusion fuse --method phatgoose --experts {args.adapter} OTHERS --output fused"
     name = Path(args.adapter).resolve().name if is_folder else ref.id
     needs_path = args.output and not args.push

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fusion.assets.language_tasks import CHAT, TASKS, rows
-from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
+from hf_fusion.assets.smollm2 import SMOLLM2, smollm2_folder
 from hf_fusion.assets.weights import demo_weights
 from hf_fusion.demo.workspace import (
     Workspace,
@@ -35,7 +35,7 @@ WITH_GATES = ("word-sorting", "word-reversal", "number-sorting", "number-range")
 WITHOUT_GATES = "chain-sum"  # gets them on the way
 ELSEWHERE, OTHER_BASE = "word-sorting-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"
 BASE_CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
-GATE_STEPS, GATE_BATCH = 50, 8  # as those of the other experts
+GATE_ROWS = 256  # as those of the other experts
 PREDICTORS = ("base", "PHATGOOSE", "merged", "experts", "oracle")
 TESTED = 40  # rows of each task
 QUESTIONS = (
@@ -177,20 +177,15 @@ def _add_gates(workspace: Workspace, verdict: Compatibility, out: Out, seed: int
     from hf_fusion.hub.load import load_experts
     from hf_fusion.publishing.push_gates import push_gates
     from hf_fusion.training.gates import train_gates
-    from hf_fusion.training.whitening import fit_whitening
 
     lacking = next((entry.info for entry in verdict.rejected if entry.info.id == workspace.repo(WITHOUT_GATES)), None)
     if lacking is None:
         out.log("      already there")
         return
     (expert,) = load_experts([lacking], api=workspace.api)
-    # The other experts' gates read whitened inputs too: only scores of one measure can be compared.
-    whitening = fit_whitening(expert, reference_rows())
-    examples = rows(WITHOUT_GATES, "train", GATE_STEPS * GATE_BATCH)
-    gates = train_gates(expert, examples, steps=GATE_STEPS, batch_size=GATE_BATCH, whitening=whitening, seed=seed)
+    gates = train_gates(expert, rows(WITHOUT_GATES, "train", GATE_ROWS), seed=seed)
     pushed = push_gates(gates, lacking.id, api=workspace.api)
-    before, after = gates.facts["loss_before"], gates.facts["loss_after"]
-    out.log(f"      {len(gates.vectors)} gates in {GATE_STEPS} steps, loss {before:.3f} → {after:.3f}")
+    out.log(f"      {len(gates.gaussians)} gates from {gates.facts['examples']:.0f} rows of {WITHOUT_GATES}")
     out.log(f"      {pushed.repo_id} at {pushed.sha[:12]}")
 
 

@@ -319,13 +319,21 @@ def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
         next batch.
     """
     remembered: dict[int, Any] = {}
+    decided: dict[str, Any] = {}  # by Gaussian gates within these blocks
 
-    def run(index: int, count: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(
+        router: PhatgooseRouter, index: int, count: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        state = router.calls.routing()
         if index in remembered:
+            if index == count - 1 and router.config.gate_points:
+                state.evidence.update(decided["evidence"])
+                state.decisions.update(decided["decisions"])
             return remembered[index]
         given = forward(*args, **kwargs)
         if index == count - 1:  # what the others gave is not looked at again
             remembered.update(dict.fromkeys(range(count), given))
+            decided.update(evidence={**state.evidence}, decisions={**state.decisions})
         return given
 
     blocks = []
@@ -333,7 +341,7 @@ def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
         unchanged = unchanged_blocks(router)
         blocks += unchanged
         for index, block in enumerate(unchanged):
-            block.forward = partial(run, index, len(unchanged), block.forward)
+            block.forward = partial(run, router, index, len(unchanged), block.forward)
     try:
         yield remembered
     finally:

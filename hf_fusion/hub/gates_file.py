@@ -1,7 +1,9 @@
 """Reads and writes ``phatgoose_gates.safetensors``, the PHATGOOSE gates beside an adapter.
 
-One tensor (d_in,) per linear layer that the adapter updates or saves in full, keyed by the layer's path in the base.
-The metadata records the kind of the gates; without metadata they count as trained.
+Gaussian gates are three tensors for each of a few linear layers of the base: ``PATH.mean`` (d_in,), ``PATH.directions``
+(r, d_in) and ``PATH.variances`` (r,). Gates of other kinds are one tensor (d_in,) per linear layer that the adapter
+updates or saves in full, keyed by the layer's path in the base. The metadata records the kind of the gates; without
+metadata they count as trained.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.io.files import own_file
 from hf_fusion.io.saving import in_folder, replacing
-from hf_fusion.types import Adapter, Gates
+from hf_fusion.models.points_phatgoose import gate_points
+from hf_fusion.types import Adapter, Gates, Gaussian
 
 if TYPE_CHECKING:
     import torch
 
 GATES_FILE, GATES_TAG = "phatgoose_gates.safetensors", "phatgoose-gates"
-KINDS = ("trained", "average", "arrow")
+KINDS = ("gaussian", "trained", "average", "arrow")
 FACTS = ("steps", "examples", "loss_before", "loss_after")
 HALF_ERROR = 1e-3  # maximum relative error of a gate in half precision
 
@@ -67,11 +70,14 @@ def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> 
     """
     from safetensors.torch import save_file
 
-    if not gates.vectors:
+    if not gates.vectors and not gates.gaussians:
         raise FusionError("there are no gates to save")
     for path, vector in gates.vectors.items():
         if vector.dim() != 1 or not vector.isfinite().all():
             raise FusionError(f"the gate of {path} is not a vector of finite numbers", hint="train the gates again")
+    for name, tensor in gate_tensors(gates).items():
+        if not tensor.isfinite().all():
+            raise FusionError(f"{name} of the gates has NaN or Inf", hint="train the gates again")
     folder = Path(folder)
     refuse_gates(folder, overwrite)
     target = folder / GATES_FILE
@@ -83,9 +89,15 @@ def save_gates(gates: Gates, folder: str | Path, *, overwrite: bool = False) -> 
     return target
 
 
+def gate_tensors(gates: Gates) -> dict[str, torch.Tensor]:
+    """The gates' tensors by their names in the file."""
+    parts = {path: gaussian._asdict() for path, gaussian in gates.gaussians.items()}
+    return gates.vectors | {f"{path}.{part}": tensor for path, named in parts.items() for part, tensor in named.items()}
+
+
 def stored(gates: Gates) -> dict[str, torch.Tensor]:
     """The gates as stored in their file: all fp16, or all fp32."""
-    single = {path: vector.detach().float().cpu().contiguous() for path, vector in gates.vectors.items()}
+    single = {path: vector.detach().float().cpu().contiguous() for path, vector in gate_tensors(gates).items()}
     half = {path: vector.half() for path, vector in single.items()}
     lossless = all(
         (half[path].float() - vector).norm() <= HALF_ERROR * vector.norm() for path, vector in single.items()
@@ -109,25 +121,39 @@ def read_gates(folder: str | Path, name: str, adapter: Adapter, base: torch.nn.M
         FusionError: a gate is missing, unknown, of the wrong shape or not finite; names the adapter and the module.
     """
     file = Path(folder) / GATES_FILE
-    return parse_gates(file, name, gate_sizes(adapter, base)) if own_file(file) else None
+    if not own_file(file):
+        return None
+    return parse_gates(file, name, gate_sizes(adapter, base), point_sizes(base))
 
 
-def parse_gates(file: Path, name: str, sizes: Mapping[str, int]) -> Gates:
-    """A gates file whose modules and lengths must be `sizes`; see `read_gates`."""
+def point_sizes(base: torch.nn.Module) -> dict[str, int]:
+    """Path of a linear of the base whose input Gaussian gates read → width of the input."""
+    sizes = {path: linear_sizes(base.get_submodule(path)) for path in gate_points(base)}
+    return {path: size[0] for path, size in sizes.items() if size is not None}
+
+
+def parse_gates(file: Path, name: str, sizes: Mapping[str, int], points: Mapping[str, int] | None = None) -> Gates:
+    """A gates file whose modules and lengths must be `sizes`, or `points` if the gates are Gaussian; see `read_gates`.
+
+    Without `points`, Gaussian gates of any base are accepted.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as tensors:
             metadata = tensors.metadata() or {}
             shapes = {path: tuple(tensors.get_slice(path).get_shape()) for path in tensors.keys()}  # noqa: SIM118
-            if problem := gate_problem(shapes, sizes):
+            if problem := gate_problem(shapes, sizes, points=points):
                 raise FusionError(f"{name}: {GATES_FILE} {problem}", hint=_train_again(name))
-            vectors = {path: tensors.get_tensor(path).float() for path in sizes}
+            vectors = {path: tensors.get_tensor(path).float() for path in shapes}
     except (SafetensorError, OSError) as error:
         raise FusionError(f"{name}: {GATES_FILE} cannot be read ({error})", hint=_train_again(name)) from None
     for path, vector in vectors.items():
         if not vector.isfinite().all():
             raise FusionError(f"{name} has NaN or Inf in the gate of {path}", hint=_train_again(name))
+    if paths := gaussian_paths(shapes):
+        gaussians = {path: Gaussian(*(vectors[f"{path}.{part}"] for part in Gaussian._fields)) for path in paths}
+        return Gates({}, "gaussian", {}, _facts(metadata), gaussians)
     kind = metadata.get("kind", "")
     return Gates(vectors, kind if kind in KINDS else "trained", _offsets(metadata, name, sizes), _facts(metadata))
 
@@ -136,14 +162,27 @@ def _train_again(name: str) -> str:
     return f"train the gates again: hf-fusion fit gates {name} --data …"
 
 
-def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], also: Collection[str] = ()) -> str:
+def gaussian_paths(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Paths of the Gaussian gates among the tensors of a file."""
+    return sorted(name.removesuffix(".directions") for name in shapes if name.endswith(".directions"))
+
+
+def gate_problem(
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+    also: Collection[str] = (),
+    points: Mapping[str, int] | None = None,
+) -> str:
     """What is wrong with gates of these shapes, as the end of a sentence; "" if nothing is.
 
     Args:
         shapes: module path → shape of its gate.
         sizes: module path → d_in of the required gates.
         also: modules whose gates are optional.
+        points: path → d_in of the inputs that Gaussian gates of this base read, if known.
     """
+    if paths := gaussian_paths(shapes):
+        return _gaussian_problem(shapes, dict.fromkeys(paths) if points is None else points)
     if missing := sorted(sizes.keys() - shapes.keys()):
         return f"lacks a gate for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
     if unknown := sorted(shapes.keys() - sizes.keys() - set(also)):
@@ -151,6 +190,22 @@ def gate_problem(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
     for path, size in sizes.items():
         if shapes[path] != (size,):
             return f"has a gate of shape {list(shapes[path])} for {path}, whose input has {size} features"
+    return ""
+
+
+def _gaussian_problem(shapes: Mapping[str, tuple[int, ...]], points: Mapping[str, int | None]) -> str:
+    """What is wrong with Gaussian gates, see `gate_problem`; any width fits where it is None."""
+    required = [f"{path}.{part}" for path in points for part in Gaussian._fields]
+    if missing := [name for name in required if name not in shapes]:
+        return f"lacks the tensor {missing[0]} of its Gaussian gates"
+    if unknown := sorted(set(shapes) - set(required)):
+        return f"has a tensor {unknown[0]}, which Gaussian gates of this base do not have"
+    for path, width in points.items():
+        mean, directions, variances = (shapes[f"{path}.{part}"] for part in Gaussian._fields)
+        width = (mean[0] if mean else 0) if width is None else width
+        if mean != (width,) or len(directions) != 2 or directions[1] != width or variances != directions[:1]:
+            found = f"{list(mean)}, {list(directions)} and {list(variances)}"
+            return f"has a Gaussian gate of shapes {found} for {path}, whose input has {width} features"
     return ""
 
 

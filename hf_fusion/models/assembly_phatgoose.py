@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_phatgoose import PhatgooseConfig
 from .fused_heads import labels_of
+from .points_phatgoose import GatePoint, prepared
 from .routing_phatgoose import ABSENT, RoutedHead, RoutedLinears
 
 # linears of one block that read the same input; a linear with another name forms a group of one
@@ -36,13 +37,16 @@ class PreparedExpert:
 
     Attributes:
         row: its row in the config, without its profile.
-        lora: module path → gate (d_in,), its bias (), A (r, d_in), B (r, d_out).
+        lora: module path → gate (d_in,), its bias (), A (r, d_in), B (r, d_out); without the first two, if the gates
+            are Gaussian.
+        points: path of a gate point → what `GatePoint.slot` gives.
         heads: module path → weight (C, d_in), bias (C,).
         replaced: other saved parameters by name.
     """
 
     row: dict[str, Any]
     lora: dict[str, Tensors] = field(default_factory=dict)
+    points: dict[str, Tensors] = field(default_factory=dict)
     heads: dict[str, Tensors] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -134,9 +138,10 @@ def prepare_experts(
             )
         row = {"name": name, "revision": expert.revision, "license": expert.license, "task": expert.task}
         entry = PreparedExpert({**row, "gates": gates.description, "labels": []})
+        entry.points = _points(name, gates, base, config)
         for path, (a, b) in adapter.lora.items():
             _check_linear(name, path, a, b, base)
-            gate = _gate(name, path, a.shape[1], gates, config.routing)
+            gate = () if entry.points else _gate(name, path, a.shape[1], gates, config.routing)
             entry.lora[path] = (*gate, a, b.t())
         for path, weight, bias in _saved_heads(adapter, base, name, entry.replaced):
             entry.heads[path] = (weight, bias)
@@ -161,12 +166,41 @@ def _check_linear(name: str, path: str, a: torch.Tensor, b: torch.Tensor, base: 
         raise ValueError(f"{name} has NaN or Inf in {path}")
 
 
+def _points(name: str, gates: Any, base: Any, config: PhatgooseConfig) -> dict[str, Tensors]:
+    """An expert's Gaussian gates; none where every linear has gates.
+
+    Raises:
+        ValueError: the expert's gates are of the other kind, or do not fit the base.
+    """
+    if config.routing != "phatgoose":
+        return {}
+    if bool(gates.gaussians) != bool(config.gate_points):
+        kinds = f"{gates.description} gates", "Gaussian ones" if config.gate_points else "gates of every linear"
+        raise ValueError(
+            f"{name} has {kinds[0]}, the other experts {kinds[1]}, and their scores cannot be compared: "
+            "fit gates of one kind for all (hf-fusion fit gates, --kind gaussian or paper)"
+        )
+    points = {}
+    for path in config.gate_points:
+        if path not in gates.gaussians:
+            raise ValueError(f"{name} has no Gaussian gate at {path}: fit its gates again")
+        mean, directions, variances = parts = gates.gaussians[path]
+        width = linear_sizes(base.get_submodule(path))[0]
+        shapes = (width,), (len(variances), width), (len(variances),)
+        if tuple(tuple(part.shape) for part in parts) != shapes or not all(part.isfinite().all() for part in parts):
+            raise ValueError(f"{name}: the Gaussian gate at {path} is not made of finite numbers for {width} features")
+        points[path] = prepared((mean, directions, variances))
+    return points
+
+
 def _gate(name: str, path: str, width: int, gates: Any, routing: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored gate of one linear, and its bias.
 
     It is standardised (mean and std over d_in) and divided by √d_in, if it is not calibrated already: then it comes
     with an offset. Rules that do not read these gates have no bias either.
     """
+    if routing == "uniform" and gates.gaussians:  # draws experts, whatever their gates
+        return torch.zeros(width), torch.zeros(())
     gate = gates.vectors.get(path)
     if gate is None:
         raise ValueError(f"{name} has no gate for {path}, which it adapts")
@@ -260,12 +294,20 @@ def label_union(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def fill_linears(group: RoutedLinears, paths: Sequence[str], entries: Sequence[PreparedExpert]) -> None:
     """Copy experts into the linears that they adapt; elsewhere their gate bias stays `ABSENT`."""
-    group.gate_bias.fill_(ABSENT)
+    if group.gate_bias is not None:
+        group.gate_bias.fill_(ABSENT)
     for index, entry in enumerate(entries):
         for member, path in enumerate(paths):
             if path in entry.lora:
                 for target, source in zip(group.slot(member, index), entry.lora[path], strict=True):
                     target.copy_(source)
+
+
+def fill_point(point: GatePoint, path: str, entries: Sequence[PreparedExpert]) -> None:
+    """Copy experts' Gaussian gates; an expert of fewer directions leaves the last ones 0."""
+    for index, entry in enumerate(entries):
+        for target, source in zip(point.slot(index), entry.points[path], strict=True):
+            (target if source.dim() == 0 else target[: len(source)]).copy_(source)
 
 
 def fill_head(

@@ -28,6 +28,8 @@ FIELDS: Table = {
     "num_experts_per_tok": whole(1),
     "router_temperature": number(above=0),
     "routing": one_of(*ROUTINGS),
+    "gate_points": optional(each(NAME)),
+    "gate_rank": optional(whole()),
 }
 
 
@@ -39,14 +41,17 @@ class PhatgooseConfig(BackboneConfig):
         backbone: the config of the base, as a plain dict.
         base: id and revision of the base, if known.
         base_by_reference: the repo holds experts and gates only; the base is fetched at its pinned revision.
-        experts: one dict per expert: name, revision, license, task, gates ("trained", "average" or "arrow", or
-            "whitened" and one of these), labels (class names of its own head, if it has one) and profile (index
-            into `profiles`).
+        experts: one dict per expert: name, revision, license, task, gates ("gaussian", "trained", "average" or
+            "arrow", or "whitened" and one of the last three), labels (class names of its own
+            head, if it has one) and profile (index into `profiles`).
         profiles: what an expert adapts, each distinct profile once: "ranks" (module path -> LoRA rank) and "saved"
             (module path of a head -> its number of outputs).
         replaced: parameters of the base that an expert's saved ones stand in for.
         num_experts_per_tok: top-k, the number of experts per token at each linear.
         router_temperature: divides the scores before the softmax; the paper has 1.
+        gate_points: paths of the linears at whose inputs Gaussian gates choose experts for all linears; empty if every
+            linear has gates.
+        gate_rank: directions of each Gaussian gate, at most.
         routing: "phatgoose" scores by standardised gates and inputs, "arrow" by |x·v|, "uniform" draws experts at
             random; the latter two are baselines.
         recipe: the content of the ``fusion.yaml`` that this model was fused by, see `FusedConfig`.
@@ -65,10 +70,13 @@ class PhatgooseConfig(BackboneConfig):
     num_experts_per_tok: int = 2  # not top_k and temperature: generate() would read those as sampling options
     router_temperature: float = 1.0
     routing: str = "phatgoose"
+    gate_points: list[str] = None  # type: ignore[assignment]
+    gate_rank: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.profiles = self.profiles or []
         self.replaced = self.replaced or []
+        self.gate_points = self.gate_points or []
         super().__post_init__(**kwargs)
 
     def _relations(self) -> Iterator[Row]:

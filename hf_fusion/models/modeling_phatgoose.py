@@ -19,6 +19,7 @@ from .assembly_phatgoose import (
     complete_heads,
     fill_head,
     fill_linears,
+    fill_point,
     label_union,
     linear_sizes,
     module_sets,
@@ -34,6 +35,7 @@ from .fused_generation import GeneratingMixin, common_generation, set_generation
 from .fused_heads import head_of
 from .fused_loading import explained
 from .fused_summary import Summary, described
+from .points_phatgoose import POOLED_HEADS, GatePoint, gate_points
 from .reference_phatgoose import generation_of, load_by_reference
 from .routing_phatgoose import RoutedHead, RoutedLinears
 from .running_phatgoose import RunningMixin
@@ -68,6 +70,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         self.record_routing: int = 0
         self._handles: list[Any] = []
         self._groups: list[tuple[list[str], RoutedLinears]] = []
+        self._points: dict[str, GatePoint] = {}
         self._heads: dict[str, RoutedHead] = {}
         self.main_input_name = backbone.main_input_name
         self.forward = with_arguments_of(backbone, self)  # type: ignore[method-assign]
@@ -98,7 +101,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             temperature: divides the scores before the softmax.
             routing: see `PhatgooseConfig`. "arrow" replaces all gates by Arrow prototypes.
             missing_gates: substitutes for experts without gates, which are refused by default. "arrow": Arrow
-                prototypes for all of them; {name of an expert: "arrow", or a folder that `save_gates` wrote}: for
+                prototypes for all of them, and where the others' gates are Gaussian for these too, since their scores
+                cannot be compared; {name of an expert: "arrow", or a folder that `save_gates` wrote}: for
                 these alone, for example the average activations that `average_activation` computes from an expert's
                 data. The config and the card record where each expert's gates come from.
             base_by_reference: save experts and gates only; the base is fetched at its pinned revision.
@@ -129,6 +133,9 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             routing=routing,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
         )
+        gates = [expert.gates for expert in experts if expert.gates is not None]
+        if routing == "phatgoose" and gates and all(found.gaussians for found in gates):
+            config.gate_points = gate_points(model)
         if head.endswith("classification"):  # the base's classes, if experts have none
             config.id2label, config.label2id = model.config.id2label, model.config.label2id
         if base_by_reference and not (config.base["id"] and config.base["revision"]):
@@ -178,6 +185,9 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
                 for member, path in enumerate(paths):
                     if group.ranks[member][index]:
                         entries[expert].lora[path] = tuple(t.detach() for t in group.slot(member, index))
+        for path, point in self._points.items():
+            for expert, entry in enumerate(entries):
+                entry.points[path] = tuple(t.detach() for t in point.slot(expert))
         for path, head in self._heads.items():
             for index, expert in enumerate(head.experts):
                 rows = self._rows_of(expert, path, head.bias.shape[1])
@@ -220,10 +230,13 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             handle.remove()
         for paths, _ in self._groups:
             del self.backbone.get_submodule(paths[0]).experts
-        self._handles, self._groups = [], []
+        for path in self._points:
+            del self.backbone.get_submodule(path).gate_point
+        self._handles, self._groups, self._points = [], [], {}
         config, backbone = self.config, self.backbone
         like = {"dtype": backbone.dtype}
         symmetric = [row["gates"] == "arrow" for row in config.experts]
+        decisions = self._install_points(entries)
         ranks_of = [config.profile(expert)["ranks"] for expert in range(config.num_experts)]
         for paths, reads_encoder in module_sets(config):
             ranks = [[row.get(path, 0) for row in ranks_of] for path in paths]
@@ -239,6 +252,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
                 self.calls,
                 reads_encoder,
                 {**like, "device": linears[0].weight.device},
+                decisions.get(paths[0]),
             )
             if entries is not None:
                 fill_linears(group, paths, [entries[e] for e in members])
@@ -252,6 +266,37 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             if entries is not None:
                 fill_head(head, path, entries, self._rows_of)
             backbone.set_submodule(path, head)
+
+    def _install_points(self, entries: Sequence[PreparedExpert] | None) -> dict[str, tuple[int, bool]]:
+        """Insert the config's gate points.
+
+        Returns:
+            Path of each linear that follows -> index of the last gate point until then, and whether it pools.
+        """
+        config, backbone = self.config, self.backbone
+        pools = config.head in POOLED_HEADS
+        for index, path in enumerate(config.gate_points):
+            linear = backbone.get_submodule(path)
+            ranks = [len(entry.points[path][2]) for entry in entries or []] or [config.gate_rank]
+            where = {"dtype": backbone.dtype, "device": linear.weight.device}
+            # The first input is that of the first block: alone it tells little of a token, but much of an example.
+            summed = range(0 if pools else min(index, 1), index + 1)
+            point = GatePoint(
+                index, summed, linear_sizes(linear)[0], config.num_experts, max(ranks), pools, self.calls, where
+            )
+            if entries is not None:
+                fill_point(point, path, entries)
+                config.gate_rank = max(ranks)
+            linear.add_module("gate_point", point)
+            self._handles.append(linear.register_forward_pre_hook(partial(_decide, point)))
+            self._points[path] = point
+        indices = {path: index for index, path in enumerate(config.gate_points)}
+        last, found = None, {}
+        for path, _ in backbone.named_modules():
+            last = indices.get(path, last)
+            if last is not None:
+                found[path] = (last, pools)
+        return found
 
     def _head(self, path: str, like: Mapping[str, Any]) -> RoutedHead:
         """An empty routed head that replaces a base's head."""
@@ -291,8 +336,10 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         for paths, group in self._groups:
             sizes = [linear_sizes(self.backbone.get_submodule(path)) for path in paths]
             base += sum(d_in * d_out for d_in, d_out in sizes)
-            extra += group.gates.numel() + top_k * group.widest * sum(map(sum, sizes))
-        routed = [*(group for _, group in self._groups), *self._heads.values()]
+            gates = 0 if group.gates is None else group.gates.numel()
+            extra += gates + top_k * group.widest * sum(map(sum, sizes))
+        extra += sum(point.mean.numel() + point.directions.numel() for point in self._points.values())
+        routed = [*(group for _, group in self._groups), *self._points.values(), *self._heads.values()]
         return Summary(
             experts=self.experts,
             gates=[row["gates"] for row in self.config.experts],
@@ -335,7 +382,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
     def _is_of_experts(self, key: str) -> bool:
         """Whether a tensor belongs to the experts, and not to the base."""
         path = key.removeprefix("backbone.")
-        return ".experts." in path or path in self.config.replaced or path.rpartition(".")[0] in self._heads
+        is_inserted = ".experts." in path or ".gate_point." in path
+        return is_inserted or path in self.config.replaced or path.rpartition(".")[0] in self._heads
 
     def to_adapter(
         self, folder: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
@@ -405,6 +453,11 @@ def _add_update(
 ) -> torch.Tensor:
     """Forward hook of a routed linear."""
     return group.add_update(member, args[0], output)
+
+
+def _decide(point: GatePoint, linear: nn.Module, args: tuple[torch.Tensor]) -> None:
+    """Forward pre-hook of a linear whose input a gate point reads."""
+    point.decide(args[0])
 
 
 __all__ = ["PhatgooseForGeneration", "PhatgooseRouter"]

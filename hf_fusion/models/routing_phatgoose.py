@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .points_phatgoose import decided
 from .state_phatgoose import Routing, RoutingCalls, score
 
 ABSENT = -1e4  # score of an expert that does not adapt a linear: its weight is exactly 0 in any dtype
@@ -53,6 +54,8 @@ class RoutedLinears(nn.Module):
         calls: the router's calls, with the routing of the running call.
         reads_encoder: whether `Routing.tokens` applies to the input.
         like: dtype and device.
+        decision: index of the `GatePoint` that chooses experts for these linears, and whether it pools an example's
+            tokens; None if they have gates themselves.
     """
 
     def __init__(
@@ -65,13 +68,16 @@ class RoutedLinears(nn.Module):
         calls: RoutingCalls,
         reads_encoder: bool = True,
         like: Mapping[str, Any] | None = None,
+        decision: tuple[int, bool] | None = None,
     ) -> None:
         super().__init__()
         self.experts, self.ranks, self.calls, self.reads_encoder = list(experts), ranks, calls, reads_encoder
+        self.decision = decision
         self.symmetric = list(symmetric)
         like = like or {}
-        self.gates = nn.Parameter(torch.zeros(len(ranks) * len(experts), d_in, **like))
-        self.gate_bias = nn.Parameter(torch.zeros(len(ranks) * len(experts), **like))
+        gates = 0 if decision else len(ranks) * len(experts)
+        self.gates = nn.Parameter(torch.zeros(gates, d_in, **like)) if gates else None
+        self.gate_bias = nn.Parameter(torch.zeros(gates, **like)) if gates else None
         self.lora_A = nn.Parameter(torch.zeros(sum(map(sum, ranks)), d_in, **like))
         self.lora_B = nn.ParameterList(
             torch.zeros(sum(each), width, **like) for each, width in zip(ranks, d_out, strict=True)
@@ -83,11 +89,16 @@ class RoutedLinears(nn.Module):
         self._tables: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
 
     def slot(self, member: int, expert: int) -> tuple[torch.Tensor, ...]:
-        """Views of one expert (by its index here) at one linear: gate (d_in,), bias (), A (r, d_in), B (r, d_out)."""
+        """Views of one expert (by its index here) at one linear: gate (d_in,), bias (), A (r, d_in), B (r, d_out).
+
+        Without the first two, if a decision was taken before.
+        """
         index, rank = member * len(self.experts) + expert, self.ranks[member][expert]
         start = self.starts[index]
         start_b = start - self.starts[member * len(self.experts)]
         lora = self.lora_A[start : start + rank], self.lora_B[member][start_b : start_b + rank]
+        if self.gates is None or self.gate_bias is None:
+            return lora
         return self.gates[index], self.gate_bias[index], *lora
 
     def tables(self, like: torch.Tensor) -> dict[str, Any]:
@@ -99,12 +110,15 @@ class RoutedLinears(nn.Module):
             symmetric = self.symmetric * len(self.ranks)
             ranks, within = torch.tensor(flat, **where)[:, None], torch.arange(self.widest, **where)
             rows = torch.tensor(self.starts, **where)[:, None] + within
+            position = torch.full((self.calls.config.num_experts,), -1, **where)
+            position[self.experts] = torch.arange(len(self.experts), **where)
             self._tables[key] = {
                 # Rows of A of each pair of linear and expert; one of a lower rank borrows some, which `own` cancels.
                 "rows": rows.clamp_(max=sum(flat) - 1),
                 "own": (within < ranks).to(like.dtype),
                 "offset": torch.arange(0, len(flat), len(self.experts), **where)[:, None],
                 "experts": torch.tensor(self.experts, **where),
+                "position": position,  # of an expert of the model here; -1 if it adapts none of these linears
                 "symmetric": torch.tensor(symmetric, **where) if any(symmetric) else None,
             }
         return self._tables[key]
@@ -147,6 +161,8 @@ class RoutedLinears(nn.Module):
             choice, weight = (
                 part[:, None].expand(-1, count, -1) for part in self._fixed_weights(x, real, tables, state)
             )
+        elif self.gates is None or self.gate_bias is None:
+            choice, weight = (part[:, None].expand(-1, count, -1) for part in self._decided(x, real, tables, state))
         else:
             slots = slice(members.start * experts, members.stop * experts)
             symmetric = tables["symmetric"] if tables["symmetric"] is None else tables["symmetric"][slots]
@@ -173,6 +189,15 @@ class RoutedLinears(nn.Module):
         if real is not None:
             choice, weight = choice[real], weight[real]
         return choice, weight.to(self.lora_A.dtype)
+
+    def _decided(
+        self, x: torch.Tensor, real: torch.Tensor | None, tables: Mapping[str, Any], state: Routing
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A decision taken before: experts and weights, (N, k); one that adapts none of these linears has weight 0."""
+        assert self.decision is not None
+        choice, weight = decided(state, *self.decision, x, real)
+        position = tables["position"][choice]
+        return position.clamp(min=0), (weight * (position >= 0)).to(self.lora_A.dtype)
 
     def _slots(self, choice: torch.Tensor, first: int) -> torch.Tensor:
         """Experts chosen at m linears from `first` on, (N, m, k), as indices into all pairs of linear and expert."""
@@ -235,7 +260,7 @@ class RoutedLinears(nn.Module):
             b = self.lora_B[member].view(experts, self.widest, -1)
             update = F.grouped_mm(F.grouped_mm(x, a.mT, offs=until) * weight, b, offs=until)
         else:
-            slots = (self.slot(member, expert)[2:] for expert in range(experts))
+            slots = (self.slot(member, expert)[-2:] for expert in range(experts))
             parts = zip(x.split(counts.tolist()), slots, strict=True)
             update = torch.cat([part @ a.t() @ b for part, (a, b) in parts if len(part)]) * weight
         return update.new_zeros(len(choice), update.shape[1]).index_add(0, token, update)

@@ -52,7 +52,9 @@ class RunningMixin:
             state.tally = None
             state.counts_for = self.config.num_experts if self._heads else 0
             inputs = (given.get(name) for name in ("input_ids", "inputs_embeds", self.main_input_name))
-            self._prepare(state, mask, next((value for value in inputs if value is not None), None))
+            read = next((value for value in inputs if value is not None), None)
+            state.examples = 0 if read is None else read.shape[0]
+            self._prepare(state, mask, read)
             trace = state.trace
             if records and (trace is None or not trace.modules or not _continues(cache) and trace.has_seen(path)):
                 paths = {id(group): paths for paths, group in self._groups}
@@ -84,6 +86,7 @@ class RunningMixin:
         if state.records or not torch.compiler.is_dynamo_compiling():
             state.outer, state.given = None, None
             state.shared.clear()
+            state.evidence.clear()
             self.calls.keep(state)
 
     def _check_resizable(self: Any, head: nn.Module | None) -> None:

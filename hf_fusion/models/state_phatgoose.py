@@ -32,6 +32,9 @@ class Routing:
         outer: the state of the call within which this one runs.
         version: of the modules, see `RoutingCalls`.
         shared: routed module -> the input that it read last and its routing, for its other linears.
+        examples: B, the number of examples that the call reads; 0 if unknown.
+        evidence: index of a `GatePoint` -> the scores (N, E) of its own input.
+        decisions: index of a `GatePoint` -> the chosen experts and their weights, (N, k) each.
     """
 
     top_k: int
@@ -49,10 +52,15 @@ class Routing:
     outer: Routing | None = None
     version: int = 0
     shared: dict[Any, tuple[torch.Tensor, Any]] = field(default_factory=dict)
+    examples: int = 0
+    evidence: dict[int, torch.Tensor] = field(default_factory=dict)
+    decisions: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def for_recomputing(self) -> Routing:
         """A copy for a layer that is recomputed for its gradients, and must not be counted or traced again."""
-        return Routing(self.top_k, self.temperature, self.rule, self.given, self.off, self.tokens, self.shape)
+        copied = Routing(self.top_k, self.temperature, self.rule, self.given, self.off, self.tokens, self.shape)
+        copied.examples, copied.evidence, copied.decisions = self.examples, {**self.evidence}, {**self.decisions}
+        return copied
 
     def real(self, x: torch.Tensor) -> torch.Tensor | None:
         """Positions of the tokens of `x` that are not padding, if it has the padded shape."""
@@ -124,6 +132,7 @@ class RoutingCalls(Calls):
         routing = self.new()
         if torch.compiler.is_dynamo_compiling() or (last := self.last()) is None:
             return routing
+        routing.examples, routing.evidence, routing.decisions = last.examples, {**last.evidence}, {**last.decisions}
         if torch._C._current_graph_task_id() != -1:  # a layer that a checkpoint outside this model recomputes
             routing.tokens, routing.shape = last.tokens, last.shape
         else:

@@ -11,7 +11,7 @@ from hf_fusion.hub.adapter_placement import match_current_names
 from hf_fusion.hub.bases import resolve_base
 from hf_fusion.hub.client import explain_hub_errors, hub_api
 from hf_fusion.hub.commits import download_file
-from hf_fusion.hub.gates_file import GATES_FILE, GATES_TAG, gate_problem, parse_gates, save_gates, stored
+from hf_fusion.hub.gates_file import GATES_FILE, GATES_TAG, gate_problem, gate_tensors, parse_gates, save_gates, stored
 from hf_fusion.hub.headers import hub_shapes
 from hf_fusion.hub.model_files import Source
 from hf_fusion.hub.peft_names import adapter_shapes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # kind of gates → sentence of the card; {training} describes their training as far as it is recorded
 _ORIGIN = {
+    "gaussian": "They are densities of the base's activations on examples of the adapter's data; nothing was trained.",
     "trained": "They were trained after the adapter, with everything else frozen{training}.",
     "average": "They are the mean input of each linear layer over examples of the adapter's data; nothing was trained.",
     "arrow": "They are the direction that each update amplifies most (Arrow); nothing was trained.",
@@ -34,8 +35,7 @@ _ORIGIN = {
 _SECTION = """\
 ## PHATGOOSE gates
 
-`{file}` contains one vector for each of the {count} linear layers that this adapter changes. With these vectors, a \
-router chooses among adapters of the same base, for every token and every linear layer \
+`{file}` contains {content}, by which a router chooses among adapters of the same base \
 ([PHATGOOSE](https://arxiv.org/abs/2402.05859)). {origin}
 
 ```python
@@ -105,7 +105,7 @@ def _refuse_foreign(gates: Gates, source: Source) -> None:
     lora, saved = adapter_shapes(hub_shapes(source, files), source.name)
     names = match_current_names(lora, saved, source.adapter, _base_config(source), source.name)
     sizes = {names[f"{path}.weight"].removesuffix(".weight"): d_in for path, (d_in, _) in lora.items()}
-    shapes = {path: tuple(vector.shape) for path, vector in gates.vectors.items()}
+    shapes = {path: tuple(tensor.shape) for path, tensor in gate_tensors(gates).items()}
     heads = {names[name].removesuffix(".weight") for name in saved}
     if problem := gate_problem(shapes, sizes, also=heads):
         again = f"train gates for this adapter: hf-fusion fit gates {source.name} --data … --push"
@@ -141,10 +141,11 @@ def _gates_are_there(source: Source, gates: Gates) -> bool:
     file = download_file(hub_api(source.api), source.name, GATES_FILE, source.revision)
     ours = stored(gates)
     try:
-        there = parse_gates(file, source.name, {path: len(vector) for path, vector in ours.items()})
+        there = parse_gates(file, source.name, {path: len(vector) for path, vector in gates.vectors.items()})
     except FusionError:  # broken, or for other modules: replaced by the push
         return False
-    same = all(there.vectors[path].equal(vector.float()) for path, vector in ours.items())
+    theirs = gate_tensors(there)
+    same = theirs.keys() == ours.keys() and all(theirs[path].equal(tensor.float()) for path, tensor in ours.items())
     return same and (there.kind, there.facts) == (gates.kind, gates.facts)
 
 
@@ -161,4 +162,7 @@ def _card_section(gates: Gates, source: Source) -> str:
         training += f" (the adapter's loss was {facts['loss_before']:.3f} with half-open gates "
         training += f"and {facts['loss_after']:.3f} after training)"
     origin = _ORIGIN[gates.kind].format(training=training)
-    return _SECTION.format(file=GATES_FILE, count=len(gates.vectors), origin=origin, tag=GATES_TAG, base=base)
+    content = f"one vector for each of the {len(gates.vectors)} linear layers that this adapter changes"
+    if gates.gaussians:
+        content = f"one Gaussian for each of {len(gates.gaussians)} inputs inside the base"
+    return _SECTION.format(file=GATES_FILE, content=content, origin=origin, tag=GATES_TAG, base=base)

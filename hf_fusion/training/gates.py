@@ -1,7 +1,8 @@
-"""PHATGOOSE gates of one adapter: trained gates, and two substitutes that need no training.
+"""PHATGOOSE gates of one adapter: Gaussian ones, the paper's, which are trained, and two substitutes for these.
 
-A gate is a vector per linear layer that the adapter updates (and per linear head that it saves). Gates are trained
-after the adapter and independently of other adapters, so that anyone can publish them beside it (arXiv 2402.05859).
+The paper's gate is a vector per linear layer that the adapter updates (and per linear head that it saves). Gates are
+made after the adapter and independently of other adapters, so that anyone can publish them beside it (arXiv
+2402.05859).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -20,9 +21,11 @@ from transformers import Trainer, TrainingArguments
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.gates_file import gate_sizes
 from hf_fusion.hub.load import load_experts
+from hf_fusion.models.points_phatgoose import gate_points
 from hf_fusion.progress import phase
 from hf_fusion.training.batches import Examples, equal_length_batches, read_examples, to_model
 from hf_fusion.training.callbacks import set_progress
+from hf_fusion.training.gaussian_gates import ROWS, fit_gaussians
 from hf_fusion.training.runs import TrainedParameters, digest, find_checkpoint, on_device, training_arguments
 from hf_fusion.training.whitening import Whitening, standardised
 from hf_fusion.types import Expert, Gates
@@ -48,8 +51,9 @@ def train_gates(
     expert: ExpertLike,
     dataset: Dataset,
     *,
+    gates: Literal["gaussian", "paper"] | None = None,
     base: str | Path | PreTrainedModel | None = None,
-    steps: int = 100,
+    steps: int | None = None,
     learning_rate: float | None = None,
     warmup: float = 0.06,
     batch_size: int = 16,
@@ -61,17 +65,25 @@ def train_gates(
 ) -> Gates:
     """Trains the gates of one adapter; its weights and the base's are frozen.
 
-    Every adapted linear becomes ``y = Wx + σ(vᵀx)·BAx``, every saved linear head ``y = σ(vᵀx)·(Wx + b)``, with v
-    initialised to 0. Only v is trained, on the adapter's training loss, with AdamW without weight decay, gradient norm
-    clipped to 1, warm-up and then a constant rate (arXiv 2402.05859), and without dropout. Runs on transformers'
-    Trainer, so `accelerate launch` distributes it. The same seed gives the same gates.
+    Gaussian gates are one pass over at most 256 rows: mean and principal directions of what a few linears of the base
+    read, see `hf_fusion.models.points_phatgoose`. One decision then serves all linears until the next, and for
+    classifiers all tokens of an example.
+
+    The paper's gates are trained (arXiv 2402.05859). Every adapted linear becomes ``y = Wx + σ(vᵀx)·BAx``, every saved
+    linear head ``y = σ(vᵀx)·(Wx + b)``, with v initialised to 0. Only v is trained, on the adapter's training loss,
+    with AdamW without weight decay, gradient norm clipped to 1, warm-up and then a constant rate, and without dropout.
+    Runs on transformers' Trainer, so `accelerate launch` distributes it. The same seed gives the same gates.
 
     Args:
         expert: an adapter, as `load_experts` takes it.
         dataset: the adapter's training data, or similar data. Columns ``prompt`` and ``target`` for language models
             (the loss is on the target), ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
+        gates: "gaussian", or "paper". By default Gaussian, but the paper's if `whitening` is given or the base has no
+            inputs for Gaussian ones (encoder-decoders, models of several towers, bases without attention). Experts are
+            fused only if their gates are of one kind. Gaussian gates have no use for `steps`, `learning_rate`,
+            `warmup`, `output_dir` and `more`.
         base: the adapter's base, if not the one that it records.
-        steps: optimizer steps.
+        steps: optimizer steps; default 100.
         learning_rate: after warm-up; default 5e-3, with `whitening` 1e-4.
         warmup: share of the steps in which the rate rises from 0.
         batch_size: examples per step and process.
@@ -84,11 +96,28 @@ def train_gates(
         more: passed to transformers' ``TrainingArguments``, such as ``bf16=True`` or ``use_cpu=True``.
 
     Returns:
-        The gates, fp32 on the CPU, with the loss before and after training in ``facts``.
+        The gates, fp32 on the CPU, with the loss before and after training in ``facts`` if they were trained.
 
     Raises:
-        FusionError: the expert is not an adapter, the data does not fit it, or the loss is not finite.
+        FusionError: the expert is not an adapter, the data does not fit it, the loss is not finite, or the base has no
+            inputs for Gaussian gates.
     """
+    if gates not in (None, "gaussian", "paper"):
+        raise FusionError(f"gates={gates!r}", hint="gates='gaussian' or 'paper'")
+    if gates == "gaussian" and whitening is not None:
+        raise FusionError("Gaussian gates are not whitened", hint="omit whitening, or gates='paper'")
+    if gates != "paper" and whitening is None:
+        loaded = _load_adapter(expert, base)
+        if gate_points(loaded.model):
+            for name, value in {"steps": steps, "learning_rate": learning_rate}.items():
+                if value is not None:
+                    logger.warning("%s=%s is ignored: Gaussian gates take one pass (gates='paper')", name, value)
+            return _fit_gaussians(loaded, dataset, batch_size, max_length, seed, bool(more.get("use_cpu")))
+        if gates == "gaussian":
+            raise FusionError(
+                f"Gaussian gates cannot route adapters of {type(loaded.model).__name__}", hint="gates='paper'"
+            )
+    steps = 100 if steps is None else steps
     if learning_rate is None:
         learning_rate = 5e-3 if whitening is None else 1e-4
     schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup, **more}
@@ -110,6 +139,26 @@ def train_gates(
             checkpoint = find_checkpoint(Path(output_dir), RUN_FILE, {**_identify_run(loaded), **settings}, steps)
         with on_device(loaded.model, arguments.device):
             return _train(loaded, examples, arguments, checkpoint, whitening)
+
+
+def _fit_gaussians(
+    expert: Expert, dataset: Dataset, batch_size: int, max_length: int, seed: int, use_cpu: bool
+) -> Gates:
+    """Gaussian gates, on the device that a Trainer would take."""
+    if batch_size < 1:
+        raise FusionError(f"batch_size={batch_size}: it must be greater than 0", hint="a positive batch_size")
+    chosen = dataset.shuffle(seed).select(range(min(ROWS, len(dataset))))
+    examples = read_examples(expert, chosen, max_length)
+
+    def apply(
+        path: str, x: torch.Tensor, output: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None
+    ) -> torch.Tensor:
+        return output if a is None or b is None else output + nn.functional.linear(nn.functional.linear(x, a), b)
+
+    with training_arguments(None, 1, 1.0, batch_size, seed, use_cpu=use_cpu) as arguments:
+        device = arguments.device
+    with on_device(expert.model, device), _adapter_applied(expert, apply):
+        return fit_gaussians(expert, examples, batch_size)
 
 
 def average_activation(

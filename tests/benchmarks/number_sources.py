@@ -152,7 +152,7 @@ SOURCES = {
             f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --examples 300",
             f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems uniform "
             f"--output {MEASURED}/phatgoose_text_uniform.json",
-            "{python} examples/train_smollm2_experts.py --data {data} --gates --paper-gates --output paper-gates",
+            "{python} examples/train_smollm2_experts.py --data {data} --gates paper --output paper-gates",
             f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems PHATGOOSE --experts paper-gates "
             f"--output {MEASURED}/phatgoose_text_paper_gates.json",
         ),

@@ -43,7 +43,7 @@ def save_adapter(folder: Path, base: str) -> None:
 
 
 def test_gates_go_into_the_adapters_folder(here, place):
-    words = ("fit", "gates", "adapter", "--data", "rows.jsonl", "--steps", "12", "--batch-size", "4")
+    words = ("fit", "gates", "adapter", "--data", "rows.jsonl", "--kind", "paper", "--steps", "12", "--batch-size", "4")
     before = {path.name: path.read_bytes() for path in (place / "adapter").iterdir()}
     done = json.loads(here(*words, "--format", "json"))
     assert done["file"] == str(place / "adapter" / FILE)
@@ -55,6 +55,16 @@ def test_gates_go_into_the_adapters_folder(here, place):
     elsewhere = json.loads(here(*words, "--output", "out", "--format", "json"))
     assert elsewhere["loss_after"] == done["loss_after"]
     assert [path.name for path in (place / "out").iterdir()] == [FILE]
+
+
+def test_gates_are_gaussian_by_default(here, place):
+    done = json.loads(here("fit", "gates", "adapter", "--data", "rows.jsonl", "--format", "json"))
+    assert (done["gates"], done["examples"]) == (2, 8) and "loss_after" not in done
+    (expert,) = load_experts([place / "adapter"])
+    assert expert.gates.kind == "gaussian" and len(expert.gates.gaussians) == 2
+    here("fuse", "--method", "phatgoose", "--experts", "adapter", "--set", "top_k=1", "--output", "fused")
+    config = json.loads((place / "fused" / "config.json").read_text())
+    assert [row["gates"] for row in config["experts"]] == ["gaussian"] and len(config["gate_points"]) == 2
 
 
 def test_average_gates_need_no_training_or_write_access(here, place):
@@ -79,7 +89,7 @@ def test_gates_go_into_the_adapters_repo(hf_fusion, hub, place):
     for name in ("base", "adapter"):
         api.create_repo(f"gatekeeper/{name}")
         api.upload_folder(repo_id=f"gatekeeper/{name}", folder_path=place / name)
-    words = ("fit", "gates", "gatekeeper/adapter", "--data", "rows.jsonl", "--steps", "3", "--push")
+    words = ("fit", "gates", "gatekeeper/adapter", "--data", "rows.jsonl", "--push")
     done = hf_fusion(*words, "--format", "json", **home)
     assert done.returncode == 0, done.stderr
     assert len(told(done.stderr)) <= 2, done.stderr  # a hint: no bars and no chatter where nobody watches

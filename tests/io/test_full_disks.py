@@ -83,7 +83,7 @@ def fit_gates(folder: Path, place: Path) -> None:
 
     (expert,) = load_experts([place / "lora-0"], gates=False)
     rows = Dataset.from_dict({"prompt": ["the quick brown"] * 4, "target": [" fox"] * 4})
-    train_gates(expert, rows, steps=2, batch_size=2, output_dir=folder)
+    train_gates(expert, rows, gates="paper", steps=2, batch_size=2, output_dir=folder)
 
 
 def fit_routers(folder: Path, place: Path) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from models.test_phatgoose import IDS, MASK, SHAPES, T5, experts_of
+from models.test_phatgoose_gaussian import with_gaussians
 from models.test_phatgoose_published import heads_of_different_labels
 from threads import difference, run_tasks, wrong_calls
 from tiny import llama, t5
 from torch.utils.checkpoint import checkpoint
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from hf_fusion import PhatgooseRouter
+from hf_fusion import Expert, PhatgooseRouter
 
 LONG = torch.arange(5, 41).view(3, 12) * 7 % 290 + 3
 LENGTHS = torch.tensor([12, 7, 4])
@@ -60,8 +61,8 @@ def experts(router: PhatgooseRouter) -> dict[str, Any]:
     return {"one": router.experts[1], "even": even, "each": torch.eye(count)[[1, 0, 1]], "base": None}
 
 
-def causal() -> Calls:
-    router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama mixed"][1]))
+def causal(gates: Callable[[list[Expert]], list[Expert]] = list) -> Calls:
+    router = PhatgooseRouter.from_experts(gates(experts_of(llama(), SHAPES["llama mixed"][1])))
     run, write = partial(logits, router), partial(generated, router)
     calls: Calls = {
         "plain": partial(run, input_ids=LONG),
@@ -141,9 +142,11 @@ def recorded() -> Calls:
     }
 
 
-def trained(checkpointing: bool, reentrant: bool = False) -> Calls:
+def trained(
+    checkpointing: bool, reentrant: bool = False, gates: Callable[[list[Expert]], list[Expert]] = list
+) -> Calls:
     """Gradients, also of a backward pass that another thread makes, as autograd does on a GPU."""
-    router = PhatgooseRouter.from_experts(experts_of(llama(), SHAPES["llama mixed"][1]))
+    router = PhatgooseRouter.from_experts(gates(experts_of(llama(), SHAPES["llama mixed"][1])))
     router.train()
     if checkpointing:
         router.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -177,11 +180,13 @@ def trained(checkpointing: bool, reentrant: bool = False) -> Calls:
 
 KINDS: dict[str, Callable[[], Calls]] = {
     "causal": causal,
+    "causal, Gaussian gates": partial(causal, with_gaussians),
     "encoder-decoder": encoder_decoder,
     "heads": heads,
     "recorded": recorded,
     "trained": partial(trained, False),
     "trained with checkpoints": partial(trained, True),
+    "trained with checkpoints, Gaussian gates": partial(trained, True, gates=with_gaussians),
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from hf_fusion.training.gates import arrow_prototypes, average_activation, gated
 from hf_fusion.types import Adapter
 
 LABELS = ["no", "yes", "may be"]
+train_paper_gates = partial(train_gates, gates="paper")
 PROMPTS = ["the quick brown", "experts are", "a stitch in time", "said the router"]
 TARGETS = [" fox jumps", " fused into one model", " saves nine", " to the gate"]
 IDS = torch.tensor([[5, 9, 40, 3, 77, 12], [8, 44, 3, 9, 0, 0]])
@@ -151,9 +153,9 @@ def test_base_is_unchanged(name, fails):
     if fails:
         expert.adapter.lora[next(iter(expert.adapter.lora))][1].fill_(torch.nan)
         with pytest.raises(FusionError, match=f"the loss of me/{name} on this data is not finite"):
-            train_gates(expert, data, steps=2)
+            train_paper_gates(expert, data, steps=2)
     else:
-        train_gates(expert, data, steps=2)
+        train_paper_gates(expert, data, steps=2)
         average_activation(expert, data)
     assert_same(before, snapshot(expert.model))
 
@@ -183,7 +185,7 @@ def learned() -> Expert:
 @pytest.mark.long
 def test_gates_respond_to_inputs_of_their_task():
     expert = learned()
-    gates = train_gates(expert, WORDS, batch_size=8)
+    gates = train_paper_gates(expert, WORDS, batch_size=8)
     assert gates.kind == "trained"
     assert gates.facts["steps"] == 100
     assert gates.facts["examples"] == len(WORDS)
@@ -210,32 +212,32 @@ def test_gates_respond_to_inputs_of_their_task():
 )
 def test_every_kind_of_expert_trains(name, data):
     expert = make(name)
-    gates = train_gates(expert, data, steps=30, batch_size=8, learning_rate=2e-2)
+    gates = train_paper_gates(expert, data, steps=30, batch_size=8, learning_rate=2e-2)
     assert {path: len(gate) for path, gate in gates.vectors.items()} == gate_sizes(expert.adapter, expert.model)
     assert ("classifier" in gates.vectors) == bool(SHAPES[name][2])
     assert all(gate.dtype == torch.float32 and gate.norm() > 0 for gate in gates.vectors.values())
     assert gates.facts["loss_after"] < gates.facts["loss_before"]
-    again = train_gates(expert, data, steps=30, batch_size=8, learning_rate=2e-2)
+    again = train_paper_gates(expert, data, steps=30, batch_size=8, learning_rate=2e-2)
     assert all(gate.equal(again.vectors[path]) for path, gate in gates.vectors.items())
 
 
 def test_pairs_of_texts_and_targets_of_a_regression():
     expert = make("bert")
     pairs = REVIEWS.add_column("text_pair", ["and so on"] * len(REVIEWS))
-    one, two = (train_gates(expert, data, steps=2) for data in (REVIEWS, pairs))
+    one, two = (train_paper_gates(expert, data, steps=2) for data in (REVIEWS, pairs))
     assert any(not one.vectors[path].equal(two.vectors[path]) for path in one.vectors)
     head = {"classifier.weight": torch.randn(1, 32), "classifier.bias": torch.zeros(1)}
     scorer = Expert("me/score", expert.model, Adapter(expert.adapter.lora, head), expert.processor)
     scored = datasets.Dataset.from_dict({"text": REVIEWS["text"], "label": [0.25, 0.5, 0.75, 1.0] * 4})
-    assert train_gates(scorer, scored, steps=20, learning_rate=2e-2).facts["loss_after"] < 1e3
+    assert train_paper_gates(scorer, scored, steps=20, learning_rate=2e-2).facts["loss_after"] < 1e3
 
 
 def test_the_prompt_and_the_padding_have_no_part_in_the_loss():
     """The same targets beside other padding give the same loss; other prompt labels could not."""
     expert = make("llama")
-    one = train_gates(expert, WORDS.select([0]), steps=1)
+    one = train_paper_gates(expert, WORDS.select([0]), steps=1)
     long = datasets.Dataset.from_dict({"prompt": PROMPTS[:1] * 2, "target": TARGETS[:1] * 2})
-    two = train_gates(expert, long, steps=1)
+    two = train_paper_gates(expert, long, steps=1)
     assert one.facts["loss_before"] == pytest.approx(two.facts["loss_before"], rel=SUMS)
     tokenizer = expert.processor
     prompt, target = tokenizer(PROMPTS[0])["input_ids"], tokenizer(TARGETS[0])["input_ids"] + [2]
@@ -248,10 +250,10 @@ def test_the_prompt_and_the_padding_have_no_part_in_the_loss():
 def test_bf16():
     """A base in bf16, and autocast over one in fp32: the gates themselves stay fp32 and come out alike."""
     expert = learned()
-    single = train_gates(expert, WORDS, batch_size=8)
-    autocast = train_gates(expert, WORDS, batch_size=8, bf16=True, use_cpu=True)
+    single = train_paper_gates(expert, WORDS, batch_size=8)
+    autocast = train_paper_gates(expert, WORDS, batch_size=8, bf16=True, use_cpu=True)
     half = Expert("me/half", copy.deepcopy(expert.model).bfloat16(), expert.adapter, expert.processor)
-    for gates in (autocast, train_gates(half, WORDS, batch_size=8)):
+    for gates in (autocast, train_paper_gates(half, WORDS, batch_size=8)):
         assert all(gate.dtype == torch.float32 for gate in gates.vectors.values())
         assert gates.facts["loss_after"] < 0.95 * gates.facts["loss_before"]
         flat = [torch.cat(list(each.vectors.values())) for each in (single, gates)]
@@ -261,43 +263,43 @@ def test_bf16():
 def test_interrupted_run_resumes(tmp_path):
     expert = make("llama")
     options = {"steps": 20, "batch_size": 2, "max_length": 32}
-    whole = train_gates(expert, WORDS, **options)
+    whole = train_paper_gates(expert, WORDS, **options)
     folder = tmp_path / "run"
-    train_gates(expert, WORDS, output_dir=folder, **options)
+    train_paper_gates(expert, WORDS, output_dir=folder, **options)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
     size = sum(path.stat().st_size for path in (folder / "checkpoint-20").glob("*.safetensors"))
     numbers = sum(gate.numel() for gate in whole.vectors.values())
     assert size < 4 * numbers + 4000  # the gates and a header: nothing of the base
     (folder / "checkpoint-20" / "trainer_state.json").unlink()  # killed while it wrote this one
-    again = train_gates(expert, WORDS, output_dir=folder, **options)
+    again = train_paper_gates(expert, WORDS, output_dir=folder, **options)
     assert all(gate.equal(again.vectors[path]) for path, gate in whole.vectors.items())
     assert again.facts == whole.facts
     with pytest.raises(FusionError, match=r"holds checkpoints of another run \(seed=0\)") as error:
-        train_gates(expert, WORDS, output_dir=folder, seed=1, **options)
+        train_paper_gates(expert, WORDS, output_dir=folder, seed=1, **options)
     assert "output_dir" in error.value.hint
     expert.adapter.lora[next(iter(expert.adapter.lora))][0].add_(1)
     with pytest.raises(FusionError, match="another run"):
-        train_gates(expert, WORDS, output_dir=folder, **options)
+        train_paper_gates(expert, WORDS, output_dir=folder, **options)
     (folder / "gate_training.json").unlink()
     with pytest.raises(FusionError, match="another run"):
-        train_gates(expert, WORDS, output_dir=folder, **options)
+        train_paper_gates(expert, WORDS, output_dir=folder, **options)
 
 
 def test_untrainable_experts_are_refused():
     expert = make("llama")
     full = Expert("me/full", expert.model, None, expert.processor)
-    for call in (lambda: train_gates(full, WORDS), lambda: arrow_prototypes(full)):
+    for call in (lambda: train_paper_gates(full, WORDS), lambda: arrow_prototypes(full)):
         with pytest.raises(FusionError, match="me/full is a full model"):
             call()
     mute = Expert("me/mute", expert.model, expert.adapter)
     with pytest.raises(FusionError, match="me/mute has no tokenizer"):
-        train_gates(mute, WORDS)
+        train_paper_gates(mute, WORDS)
     for data, message in [
         (WORDS.select([]), "the data set for me/llama is empty"),
         (WORDS.remove_columns("target"), "no target"),
     ]:
         with pytest.raises(FusionError, match=message):
-            train_gates(expert, data)
+            train_paper_gates(expert, data)
         with pytest.raises(FusionError, match=message):
             average_activation(expert, data)
     classifier = make("bert")
@@ -310,20 +312,20 @@ def test_untrainable_experts_are_refused():
         ([0, 1, 2, 3] * 4, r"holds \[3\]"),
     ]:
         with pytest.raises(FusionError, match=message):
-            train_gates(classifier, datasets.Dataset.from_dict({"text": rows, "label": column}))
+            train_paper_gates(classifier, datasets.Dataset.from_dict({"text": rows, "label": column}))
     with pytest.raises(FusionError, match="no text"):
-        train_gates(classifier, REVIEWS.rename_column("text", "sentence"))
+        train_paper_gates(classifier, REVIEWS.rename_column("text", "sentence"))
     for option in ({"steps": 0}, {"batch_size": 0}, {"learning_rate": -1.0}):
         with pytest.raises(FusionError, match=f"{next(iter(option))}=.*: it must be greater than 0"):
-            train_gates(expert, WORDS, **option)
+            train_paper_gates(expert, WORDS, **option)
     headless = Expert("me/headless", expert.model.model, expert.adapter, expert.processor)
     with pytest.raises(FusionError, match="me/headless is a LlamaModel"):
-        train_gates(headless, WORDS)
+        train_paper_gates(headless, WORDS)
 
 
 def test_infinite_learning_rate_is_reported():
     with pytest.raises(FusionError, match="became NaN or Inf") as error:
-        train_gates(make("llama"), WORDS, steps=3, learning_rate=float("inf"))
+        train_paper_gates(make("llama"), WORDS, steps=3, learning_rate=float("inf"))
     assert "learning_rate" in error.value.hint
 
 
@@ -394,7 +396,8 @@ def test_the_prototype_of_an_update_that_is_none():
 
 def test_finished_run_repeats_with_equal_gates(tmp_path):
     first, again = (
-        train_gates(make("llama"), WORDS, steps=5, batch_size=2, output_dir=tmp_path, use_cpu=True) for _ in range(2)
+        train_paper_gates(make("llama"), WORDS, steps=5, batch_size=2, output_dir=tmp_path, use_cpu=True)
+        for _ in range(2)
     )
     assert all(gate.equal(again.vectors[path]) for path, gate in first.vectors.items())
     assert first.facts == again.facts
@@ -406,9 +409,9 @@ sys.path[:0] = [{tests!r}, {here!r}]
 import torch
 from accelerate import PartialState
 from test_gates import WORDS, make
-from hf_fusion import train_gates
+from test_gates import train_paper_gates
 print("START", flush=True)
-gates = train_gates(make("llama"), WORDS, steps={steps}, batch_size={batch}, output_dir={folder!r}, use_cpu=True)
+gates = train_paper_gates(make("llama"), WORDS, steps={steps}, batch_size={batch}, output_dir={folder!r}, use_cpu=True)
 state = PartialState()
 if state.is_main_process:
     torch.save((gates.vectors, state.num_processes), {answer!r})

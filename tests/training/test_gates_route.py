@@ -52,7 +52,7 @@ def letter_experts(seed: int = 0) -> list[Expert]:
             model.save_pretrained(folder)
             expert = Expert(letters, base, read_adapter(folder, letters), tokenizer)
         rows = {"prompt": [w[:2] for w in walks(letters, 1, 64)], "target": [w[2:] for w in walks(letters, 1, 64)]}
-        experts.append(replace(expert, gates=train_gates(expert, datasets.Dataset.from_dict(rows))))
+        experts.append(replace(expert, gates=train_gates(expert, datasets.Dataset.from_dict(rows), gates="paper")))
     return experts
 
 

@@ -93,7 +93,7 @@ def test_reference_rows_of_a_classifier_need_no_labels():
 @pytest.mark.parametrize("how", ["trained", "average"])
 def test_gates_are_calibrated_on_the_reference(expert, whitening, how):
     if how == "trained":
-        gates = train_gates(expert, ROWS, steps=8, batch_size=4, whitening=whitening, use_cpu=True)
+        gates = train_gates(expert, ROWS, gates="paper", steps=8, batch_size=4, whitening=whitening, use_cpu=True)
         assert gates.facts["loss_after"] < gates.facts["loss_before"]
     else:
         gates = average_activation(expert, ROWS, whitening=whitening)
