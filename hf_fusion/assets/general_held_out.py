@@ -7,38 +7,28 @@ the held-in tasks, and written in another way. See `general_tasks`.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_fusion.assets.general_forms import DrawnRows, Example, Form, GeneralTask, ReviewRows, Source
-from hf_fusion.assets.general_rows import TEXT, BalancedRows, HalvedRows, IntentRows, KindRows, joined, restaurant
+from hf_fusion.assets.general_rows import (
+    CITIES,
+    GOODS,
+    NAMES,
+    NUMBER_WORDS,
+    TEXT,
+    BalancedRows,
+    HalvedRows,
+    IntentRows,
+    KindRows,
+    joined,
+    restaurant,
+    split_words,
+)
 from hf_fusion.assets.language_tasks import Split, StoredRows
-
-
-def _split(words: str) -> tuple[str, ...]:
-    return tuple(words.split())
-
-
-NAMES = _split(
-    "Anna Boris Clara Dmitri Elena Farid Greta Hugo Irene Jonas Karim Laura Miguel Nadia Oscar Paula Quentin "
-    "Rosa Stefan Tamara Ursula Victor Wanda Xavier Yusuf Zoe Albert Bianca Carlos Denise Emil Fiona Gustav "
-    "Helga Ivan Julia"
-)
-CITIES = _split(
-    "Athens Berlin Cairo Dublin Edinburgh Florence Geneva Havana Istanbul Jakarta Kyoto Lisbon Madrid Nairobi "
-    "Oslo Paris Quito Rome Seoul Tokyo Utrecht Vienna Warsaw Zagreb Amman Bogota Casablanca Delhi Lima Manila"
-)
-GOODS = _split(
-    "apples bread butter candles carrots cheese coffee cups eggs flour forks grapes honey jam juice lamps "
-    "lemons milk mugs nuts olives onions paper pears pens plates rice salt soap socks spoons sugar tea towels "
-    "water"
-)
-NUMBER_WORDS = _split(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-)
 
 
 def _task(
@@ -92,7 +82,7 @@ def _listed(values: Sequence[str]) -> str:
 
 def _years(rng: random.Random) -> Example:
     years = rng.sample(range(1500, 2020), rng.randint(3, 4))
-    return Example(" and ".join(map(str, years)), joined(sorted(years)))
+    return Example(joined(years), joined(sorted(years)))
 
 
 def _word_problem(rng: random.Random) -> Example:
@@ -123,17 +113,13 @@ def _objects(item: Mapping[str, Any]) -> Example | None:
 def _route(rng: random.Random) -> Example:
     stops = rng.sample(CITIES, rng.randint(4, 6))
     place = rng.randrange(len(stops) - 1)
-    return Example(f"{' -> '.join(stops)}. Next stop behind {stops[place]}", stops[place + 1])
+    return Example(f"{stops[place]}: {joined(stops)}", stops[place + 1])
 
 
 def _queue(rng: random.Random) -> Example:
     people = rng.sample(NAMES, rng.randint(3, 6))
-    return rng.choice(
-        [
-            Example(f"{' | '.join(people)} - whose turn comes at the very start", people[0]),
-            Example(f"{' | '.join(people)} - whose turn comes at the very end", people[-1]),
-        ]
-    )
+    place, end = rng.choice((("front", 0), ("end", -1)))
+    return Example(f"the {place}: {joined(people)}", people[end])
 
 
 def _guests(rng: random.Random) -> Example:
@@ -146,20 +132,50 @@ def _guests(rng: random.Random) -> Example:
     )
 
 
-def _prices(rng: random.Random) -> Example:
-    goods = rng.sample(GOODS, rng.randint(3, 4))
-    prices = rng.sample(range(2, 99), len(goods))
-    return Example(
-        " | ".join(f"{good} ${price}" for good, price in zip(goods, prices, strict=True)),
-        goods[prices.index(max(prices))],
-    )
+def _hotel(asked: int) -> Callable[[random.Random], Example]:
+    """An advertisement of a hotel; its name or its rating is asked for."""
+
+    def make(rng: random.Random) -> Example:
+        kind, city, other = rng.choice(("Hotel", "Hostel", "Villa")), *rng.sample(CITIES, 2)
+        name, rooms, stars = f"{kind} {city}", rng.randint(5, 90), f"{rng.randint(1, 10)} out of 10"
+        layouts = (
+            f"{name} in {other} has {rooms} rooms and is rated {stars}.",
+            f"In {other}, {name} offers {rooms} beds, with a rating of {stars}.",
+            f"With {rooms} rooms and a score of {stars}, {name} welcomes you to {other}.",
+        )
+        return Example(rng.choice(layouts), (name, stars)[asked])
+
+    return make
 
 
-def _temperatures(rng: random.Random) -> Example:
-    cities = rng.sample(CITIES, rng.randint(3, 5))
-    degrees = rng.sample(range(1, 40), len(cities))
-    said = " and ".join(f"{degree} degrees in {city}" for city, degree in zip(cities, degrees, strict=True))
-    return Example(said, str(max(degrees)))
+def _person(item: Mapping[str, Any]) -> Example | None:
+    """A short word problem that begins with a person's name, which it repeats."""
+    text = item["prompt"]
+    name = text.split(" ", 1)[0]
+    is_name = name.isalpha() and name.istitle() and len(re.findall(rf"\b{name}\b", text)) > 1
+    return Example(text, name) if is_name and name not in _NO_NAMES and len(text) < 190 else None
+
+
+_NO_NAMES = split_words("A An At By Every Each For From He How If In It On One She The There They This To Two")
+
+
+def _athlete(item: Mapping[str, Any]) -> Example | None:
+    """A sentence about an athlete, who is named by two words."""
+    found = re.search(r'"((?:[A-Z][\w.\'-]+ ){2})(?=[a-z]).*"', item["prompt"])
+    return None if found is None else Example(found[0].strip('"'), found[1].strip())
+
+
+def _acrostic(item: Mapping[str, Any]) -> Example | None:
+    """A short command."""
+    words = item["text"].split()
+    if not 3 <= len(words) <= 6 or not all(map(str.isalpha, words)):
+        return None
+    return Example(" ".join(words), " ".join(word[0].upper() for word in words))
+
+
+def _letters(rng: random.Random) -> Example:
+    letters = rng.sample("abcdefghiklmnoprstuw", rng.randint(3, 5))
+    return Example(joined(letters), joined(letters[::-1]))
 
 
 def _caption(item: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -336,16 +352,16 @@ HELD_OUT_TASKS = (
     _task(
         "name-sorting",
         (
-            "Class register for these pupils: {}",
+            "Class register of these pupils: {}",
             "{}\nBring the people into the order of a phone book.",
             "Roll call by letter: {}",
         ),
-        _drawn(NAMES, 3, 5, " and ".join, lambda values: joined(sorted(values))),
+        _drawn(NAMES, 3, 4, ", ".join, lambda values: joined(sorted(values))),
     ),
     _task(
         "city-index",
-        ("Index of an atlas with {}", "{}\nThe index has them as", "Towns for the index: {}"),
-        _drawn(CITIES, 3, 5, _listed, lambda values: joined(sorted(values))),
+        ("Index of an atlas with these entries: {}", "{}\nIn the index they follow as", "Towns for the index: {}"),
+        _drawn(CITIES, 3, 4, "; ".join, lambda values: joined(sorted(values))),
     ),
     _task(
         "year-sorting",
@@ -354,13 +370,17 @@ HELD_OUT_TASKS = (
     ),
     _task(
         "route-back",
-        ("We travelled {} and return the same way:", "Way home after {}:", "Outbound {}\nInbound:"),
-        _drawn(CITIES, 3, 5, " -> ".join, lambda values: joined(values[::-1])),
+        (
+            "We came by these cities and return the same way: {}",
+            "{}\nThe way home is",
+            "Outbound cities, now inbound: {}",
+        ),
+        _drawn(CITIES, 3, 5, ", ".join, lambda values: joined(values[::-1])),
     ),
     _task(
         "queue-backwards",
-        ("In the queue: {}. Now the queue turns round:", "{}\nSeen from behind:", "Name the people from the back, {}"),
-        _drawn(NAMES, 3, 5, _listed, lambda values: joined(values[::-1])),
+        ("The queue turns round: {}", "{}\nSeen from behind, the people are", "Call the people in from the back: {}"),
+        _drawn(NAMES, 3, 5, "; ".join, lambda values: joined(values[::-1])),
     ),
     _task(
         "word-problem",
@@ -386,27 +406,29 @@ HELD_OUT_TASKS = (
     _task(
         "shopping-list",
         (
-            "To buy:\n{}\nThe basket will have this many things:",
-            "{}\nHow long is my list?",
-            "Things to carry home:\n{}\nIn total",
+            "Things to carry home, in total: {}",
+            "{}\nHow long is my shopping list?",
+            "The basket holds this number of goods: {}",
         ),
-        _drawn(
-            GOODS, 2, 8, lambda values: "\n".join(f"[ ] {value}" for value in values), lambda values: str(len(values))
-        ),
+        _drawn(GOODS, 2, 8, ", ".join, lambda values: str(len(values))),
     ),
     _task(
         "acronym",
-        ("Short form of the society {}", "{}\nIts badge has the letters", "Monogram of {}"),
+        ("Short form of the society: {}", "{}\nIts badge has these letters:", "Monogram: {}"),
         _drawn([*CITIES, *NAMES], 3, 4, " ".join, lambda values: " ".join(value[0] for value in values)),
     ),
     _task(
         "next-stop",
-        ("The train calls at {}:", "Timetable: {} is", "Line map {}?"),
+        (
+            "Train timetable, the stop following {}",
+            "Line map, on the journey I see next to {}",
+            "Get off one stop behind {}",
+        ),
         DrawnRows(_route),
     ),
     _task(
         "queue-ends",
-        ("At the doctor's: {}?", "People waiting, {}?", "Waiting line: {}?"),
+        ("At the doctor's, who waits at {}", "The person standing at {}", "In the queue, tell who is at {}"),
         DrawnRows(_queue),
     ),
     _task(
@@ -416,14 +438,47 @@ HELD_OUT_TASKS = (
         "ranked",
     ),
     _task(
-        "dearest",
-        ("Price tags: {}. The dearest is", "{}\nFor which do I pay the most?", "Most costly of {}"),
-        DrawnRows(_prices),
+        "record-high",
+        ("The oldest of these ages: {}", "{}\nThat day's hottest temperature was", "Top score of the game: {}"),
+        _drawn([str(number) for number in range(100, 1000)], 3, 5, ", ".join, lambda values: max(values, key=int)),
     ),
     _task(
-        "temperatures",
-        ("Weather: {}. The hottest place has", "{}\nTop reading today:", "Thermometers show {}. The record is"),
-        DrawnRows(_temperatures),
+        "record-low",
+        ("The youngest of these ages: {}", "{}\nThat day's coldest temperature was", "Cheapest price in the shop: {}"),
+        _drawn([str(number) for number in range(100, 1000)], 3, 5, ", ".join, lambda values: min(values, key=int)),
+    ),
+    _task(
+        "hotel-name",
+        ("Where did our group sleep? {}", "{}\nThe sign above the door says", "Who runs this advertisement? {}"),
+        DrawnRows(_hotel(0)),
+    ),
+    _task(
+        "hotel-stars",
+        ("Do travellers like the house? {}", "{}\nThe mark that it got:", "Travellers' mark: {}"),
+        DrawnRows(_hotel(1)),
+    ),
+    _task(
+        "story-person",
+        ("Who is the hero of this story? {}", "{}\nThe story tells of", "The protagonist in: {}"),
+        StoredRows("gsm8k", _person),
+        license="mit",
+    ),
+    _task(
+        "athlete",
+        ("The sports desk asks who it was. {}", "{}\nThe player's first and family name:", "Who is mentioned in: {}"),
+        StoredRows("bbh/sports_understanding", _athlete),
+        license="mit",
+    ),
+    _task(
+        "acrostic",
+        ("Acrostic: {}", "{}\nRead downwards, the words begin with", "Cipher key of this sentence: {}"),
+        StoredRows("snips", _acrostic),
+        license="cc0-1.0",
+    ),
+    _task(
+        "letters-backwards",
+        ("Seen in a mirror: {}", "{}\nSpell it from the right.", "Retrograde letters: {}"),
+        DrawnRows(_letters),
     ),
     _task(
         "german-to-french",

@@ -245,6 +245,32 @@ def occurrences(rng: random.Random) -> Example:
     return Example(f"{values[0]}: {joined(listed)}", str(listed.count(values[0])))
 
 
+def split_words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+# what the lists of held-out tasks are of
+NAMES = split_words(
+    "Anna Boris Clara Dmitri Elena Farid Greta Hugo Irene Jonas Karim Laura Miguel Nadia Oscar Paula Quentin "
+    "Rosa Stefan Tamara Ursula Victor Wanda Xavier Yusuf Zoe Albert Bianca Carlos Denise Emil Fiona Gustav "
+    "Helga Ivan Julia"
+)
+CITIES = split_words(
+    "Athens Berlin Cairo Dublin Edinburgh Florence Geneva Havana Istanbul Jakarta Kyoto Lisbon Madrid Nairobi "
+    "Oslo Paris Quito Rome Seoul Tokyo Utrecht Vienna Warsaw Zagreb Amman Bogota Casablanca Delhi Lima Manila"
+)
+GOODS = split_words(
+    "apples bread butter candles carrots cheese coffee cups eggs flour forks grapes honey jam juice lamps "
+    "lemons milk mugs nuts olives onions paper pears pens plates rice salt soap socks spoons sugar tea towels "
+    "water"
+)
+NUMBER_WORDS = split_words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+)
+
+
 # ---------------------------------------------------------------- restaurants, captions
 
 

@@ -70,12 +70,14 @@ def test_answers_are_right():
         assert all(int(a) < int(b) for a, b in pairwise(years))
         assert set(years) == set(re.findall(r"\d{4}", question(row["prompt"])))
     for row in rows("next-stop", "test", 20):
-        stops, after = re.search(r"((?:\w+ -> )+\w+)\. Next stop behind (\w+)", question(row["prompt"])).groups()
-        stops = stops.split(" -> ")
+        after, stops = re.search(r"(\w+): (\w+(?:, \w+)+)", question(row["prompt"])).groups()
+        stops = stops.split(", ")
         assert stops[stops.index(after) + 1] == row["target"]
-    for row in rows("dearest", "test", 20):
-        prices = {good: int(price) for good, price in re.findall(r"(\w+) \$(\d+)", question(row["prompt"]))}
-        assert max(prices, key=prices.__getitem__) == row["target"]
+    for name, best in {"record-high": max, "record-low": min}.items():
+        for row in rows(name, "test", 20):
+            assert row["target"] == str(best(map(int, re.findall(r"\d{3}", question(row["prompt"])))))
+    for row in rows("hotel-stars", "test", 20):
+        assert re.findall(r"\d+ out of 10", question(row["prompt"])) == [row["target"]]
 
 
 def test_no_wording_of_an_expert_is_used_elsewhere():
