@@ -162,8 +162,8 @@ SOURCES = {
         tables.phatgoose_phrases,
     ),
     "phatgoose-minilm": Source(
-        tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("", "_whitened")),
-        tuple(f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}}{option}" for option in ("", " --whitened")),
+        tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("_paper", "_whitened")),
+        tuple(f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}} --gates {kind}" for kind in ("paper", "whitened")),
         "800 test rows, 200 of each of four tasks; one seed",
         5,
         phrases=tables.phatgoose_minilm_phrases,

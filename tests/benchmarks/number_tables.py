@@ -301,7 +301,7 @@ def phatgoose_minilm_phrases(read: Read) -> list[str]:
     """Both kinds of gates on MiniLM's classifiers."""
     plain, whitened = (scored(Results.from_dict(file)["PHATGOOSE"].means[HELD_IN]) for file in read)
     return [
-        f"[{plain}](../../tests/benchmarks/results/phatgoose_minilm.json) with the paper's gates",
+        f"[{plain}](../../tests/benchmarks/results/phatgoose_minilm_paper.json) with the paper's gates",
         f"[{whitened}](../../tests/benchmarks/results/phatgoose_minilm_whitened.json) with whitened ones, n = "
         f"{sum(task['n'] for task in read[0]['tasks'])}",
     ]

@@ -1,11 +1,12 @@
 """PHATGOOSE on MiniLM classifiers beside every baseline: the quick suite, from training to table in minutes.
 
     python tests/benchmarks/phatgoose_minilm.py --data DIR
-    python tests/benchmarks/phatgoose_minilm.py --data DIR --whitened   # gates that read whitened inputs
+    python tests/benchmarks/phatgoose_minilm.py --data DIR --gates paper      # the paper's gates
+    python tests/benchmarks/phatgoose_minilm.py --data DIR --gates whitened   # the paper's on whitened inputs
 
 DIR holds one folder per data set with train.parquet and test.parquet. Trains a LoRA adapter with a head and gates for
 each data set, then asks each test text without telling its task; an answer is right if it is the right label among
-those of all tasks. Writes results/phatgoose_minilm.json, or phatgoose_minilm_whitened.json.
+those of all tasks. Writes results/phatgoose_minilm.json, for the other kinds with their name behind.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ TASKS = ("snips", "trec", "sst2", "ag_news")
 OTHERS = ("subj", "tweet_emotion", "cola")  # whose texts stand for all that may be asked, where gates are whitened
 STEPS, BATCH, MAX_LENGTH, LEARNING_RATE = 100, 16, 32, 2e-3
 GATE_STEPS, REFERENCE_ROWS = 50, 200
+KINDS = ("gaussian", "paper", "whitened")
 SEED = 0
 
 
@@ -82,24 +84,19 @@ def reference_rows(data_dir: Path) -> Dataset:
     return Dataset.from_dict({"text": texts})
 
 
-def make_experts(train_rows: Mapping[str, Dataset], folder: Path, reference: Dataset | None = None) -> None:
-    """Trains an expert and its gates for each task, into a folder each; with reference rows the gates are whitened."""
+def make_experts(
+    train_rows: Mapping[str, Dataset], folder: Path, kind: str = "gaussian", reference: Dataset | None = None
+) -> None:
+    """Trains an expert and its gates, of one of `KINDS`, for each task, into a folder each."""
     for task, rows in train_rows.items():
         train(rows, folder / task)
-        whitening = None
-        if reference is not None:
-            whitening = fit_whitening(folder / task, reference, base=minilm_folder(), max_length=MAX_LENGTH)
-        gates = train_gates(
-            folder / task,
-            rows,
-            base=minilm_folder(),
-            steps=GATE_STEPS,
-            batch_size=BATCH,
-            max_length=MAX_LENGTH,
-            whitening=whitening,
-            use_cpu=True,
-        )
-        save_gates(gates, folder / task)
+        options: dict[str, Any] = {"base": minilm_folder(), "max_length": MAX_LENGTH}
+        if kind == "whitened":
+            assert reference is not None, "rows to whiten by"
+            options["whitening"] = fit_whitening(folder / task, reference, **options)
+        if kind != "gaussian":
+            options |= {"gates": "paper", "steps": GATE_STEPS}
+        save_gates(train_gates(folder / task, rows, batch_size=BATCH, use_cpu=True, **options), folder / task)
 
 
 def measure(
@@ -123,19 +120,18 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="test rows of each task")
     parser.add_argument("--examples", type=int, default=1000, help="train rows of each expert for the baselines")
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument(
-        "--whitened", action="store_true", help="gates read whitened inputs instead of inputs as they are"
-    )
+    parser.add_argument("--gates", choices=KINDS, default="gaussian", help="kind of the gates")
     args = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_rows, test_rows = suite_rows(args.data, args.n)
-        make_experts(train_rows, Path(folder), reference_rows(args.data) if args.whitened else None)
+        reference = reference_rows(args.data) if args.gates == "whitened" else None
+        make_experts(train_rows, Path(folder), args.gates, reference)
         command = f"python tests/benchmarks/phatgoose_minilm.py --data DIR --n {args.n} --examples {args.examples}"
-        command += f" --top-k {args.top_k}" + " --whitened" * args.whitened
+        command += f" --top-k {args.top_k}" + f" --gates {args.gates}"
         options = {"examples": args.examples, "top_k": args.top_k, "command": command}
         results = measure(Path(folder), train_rows, test_rows, **options)
-    results.save(RESULTS / f"phatgoose_minilm{'_whitened' * args.whitened}.json")
+    results.save(RESULTS / f"phatgoose_minilm{'' if args.gates == 'gaussian' else f'_{args.gates}'}.json")
     print(f"{results.text()}\n\n{time.perf_counter() - start:.0f} s")
 
 
