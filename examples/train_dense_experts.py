@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from train_experts import save
@@ -100,7 +101,8 @@ def train(task: str, epochs: int, limit: int | None, folder: Path) -> str:
     processor = AutoImageProcessor.from_pretrained(base)
     model = UperNetForSemanticSegmentation.from_pretrained(base, num_labels=OUTPUTS[task], ignore_mismatched_sizes=True)
     expert = Expert(task, model, processor=processor)
-    learned, tested = (read_examples(expert, own, max_length=0) for own in (train_rows, rows.test))
+    read = partial(read_examples, expert, max_length=0)
+    learned = read(train_rows)
     with tempfile.TemporaryDirectory() as scratch:
         Trainer(
             model,
@@ -121,7 +123,7 @@ def train(task: str, epochs: int, limit: int | None, folder: Path) -> str:
             data_collator=learned.collate,
             compute_loss_func=lambda outputs, labels, **_: dense_loss(outputs.logits, labels),
         ).train()
-    data = TaskRows.of(MeasuredTask(task, metric, len(tested.rows), task), tested, model)
+    data = TaskRows.of(MeasuredTask(task, metric, len(rows.test), task), rows.test, read, model)
     measured = score(predict_task([ModelPredictor(task, "expert", model.eval())], data, BATCH_SIZE)[task], metric)
     card = CARD.format(
         base=SOURCE, task=task, epochs=epochs, rows=len(train_rows), loss=LOSSES[task], learning_rate=LEARNING_RATE,

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ from hf_fusion.assets import general_tasks, language_tasks
 from hf_fusion.assets.general_forms import GeneralTask
 from hf_fusion.assets.language_tasks import CHAT, LanguageTask
 from hf_fusion.assets.smollm2 import SMOLLM2, reference_rows, smollm2_folder
-from hf_fusion.evaluation.choices import inputs_of, reduction
 from hf_fusion.evaluation.loop import TaskRows, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.results import MeasuredTask
@@ -242,9 +241,8 @@ def measure(
 ) -> str:
     """The task's metric with its 95 % interval, as text."""
     causal = model.eval().get_base_model()
-    read = read_examples(Expert(task.name, causal, processor=tokenizer), inputs_of(test_rows, task.metric), 512)
-    measured = MeasuredTask(task.name, task.metric, len(test_rows))
-    data = TaskRows.of(measured, read, causal, reduction(test_rows, task.metric))
+    read = partial(read_examples, Expert(task.name, causal, processor=tokenizer), max_length=512)
+    data = TaskRows.of(MeasuredTask(task.name, task.metric, len(test_rows)), test_rows, read, causal)
     found = score_task([ModelPredictor(task.name, "expert", causal)], data, batch_size=16)
     score = score_of(found[task.name], task.metric)
     low, high = score.ci95

@@ -69,8 +69,9 @@ def inputs_of(rows: Dataset, metric: str) -> Dataset:
 
 def reduction(rows: Dataset, metric: str) -> Callable[[Predictions], Predictions]:
     """Predictions for `inputs_of` the rows → those for the rows."""
-    return partial(likeliest, rows) if ranks(metric) else _unchanged
+    return partial(likeliest, rows) if ranks(metric) else unchanged
 
 
-def _unchanged(found: Predictions) -> Predictions:
+def unchanged(found: Predictions) -> Predictions:
+    """Predictions as they are: one for each row that is scored."""
     return found

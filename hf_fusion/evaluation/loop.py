@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.choices import inputs_of, reduction
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import Batch
 from hf_fusion.evaluation.task_metrics import row_scores
@@ -59,14 +60,19 @@ class TaskRows:
 
     @classmethod
     def of(
-        cls,
-        task: MeasuredTask,
-        examples: Examples,
-        model: PreTrainedModel,
-        reduced: Callable[[Predictions], Predictions] = lambda found: found,
+        cls, task: MeasuredTask, rows: Dataset, read: Callable[[Dataset], Examples], model: PreTrainedModel
     ) -> TaskRows:
-        """Rows that were encoded for a model: inputs go to its device, in its dtype, once for all predictors."""
-        return cls(task, examples.rows, lambda rows: to_model(examples.collate(rows), model), reduced)
+        """Rows of a data set: inputs go to a model's device, in its dtype, once for all predictors.
+
+        Args:
+            task: which, and how its rows are scored.
+            rows: of the data set; where choices are ranked, the model reads one input for each.
+            read: inputs → encoded.
+            model: whose device and dtype they get.
+        """
+        examples = read(inputs_of(rows, task.metric))
+        reduced = reduction(rows, task.metric)
+        return cls(task, examples.rows, lambda batch: to_model(examples.collate(batch), model), reduced)
 
 
 def check_suite(suite: Mapping[str, Dataset]) -> None:

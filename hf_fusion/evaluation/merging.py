@@ -107,7 +107,7 @@ def measure_merged(
         base: what the experts were fine-tuned from.
         owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
         more: further predictors, with distinct names.
-        metrics: task → "exact" (default) or "tokens", for language models.
+        metrics: task → "exact" (default), "tokens" or "ranked", for language models; see `measure_routing`.
         batch_size: rows per step, taken in order of length.
         max_length: the longest sequence, in tokens.
         trust_remote_code: of the experts, see `load_experts`.
@@ -134,8 +134,9 @@ def measure_merged(
         task = MeasuredTask(name, metric_of(model.config.head, (metrics or {}).get(name)), len(rows), owners[name])
         tasks.append(task)
         labels = list(model.config.experts[model.experts.index(owners[name])]["labels"])
-        read = read_examples(Expert(name, model.backbone, processor=model.processor, labels=labels), rows, max_length)
-        data = TaskRows.of(task, read, model.backbone)
+        reader = Expert(name, model.backbone, processor=model.processor, labels=labels)
+        read = partial(read_examples, reader, max_length=max_length)
+        data = TaskRows.of(task, rows, read, model.backbone)
         for predictor in predictors:
             with torch.no_grad(), predictor.within(predictor.model):
                 scores[predictor.name] |= {name: score_task([predictor], data, batch_size)[predictor.name]}
@@ -171,7 +172,7 @@ def measure_static(
         experts: what it was made of; also ``base+adapter``.
         base: what they were fine-tuned from; default is the one that adapters among them record.
         owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
-        metrics: task → "exact" (default) or "tokens", for language models.
+        metrics: task → "exact" (default), "tokens" or "ranked", for language models; see `measure_routing`.
         batch_size: rows per step, taken in order of length.
         max_length: the longest sequence, in tokens.
         trust_remote_code: see `load_experts`.
@@ -210,7 +211,8 @@ def measure_static(
         predictor = ModelPredictor(name, kind, expert.model)
         for task, rows in suite.items():
             measured = MeasuredTask(task, like.metric(wanted.get(task)), len(rows))
-            data = TaskRows.of(measured, read_examples(expert, rows, max_length), expert.model)
+            read = partial(read_examples, expert, max_length=max_length)
+            data = TaskRows.of(measured, rows, read, expert.model)
             scores[name] |= {task: score_task([predictor], data, batch_size)[name]}
         del expert, predictor  # before the next is loaded
     assert like is not None

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_fusion.data import match_experts_by_name
 from hf_fusion.errors import FusionError, suggestion
-from hf_fusion.evaluation.choices import inputs_of, reduction
+from hf_fusion.evaluation.choices import inputs_of
 from hf_fusion.evaluation.loop import TaskRows, check_suite, metric_of, score_task
 from hf_fusion.evaluation.predictors import ModelPredictor
 from hf_fusion.evaluation.results import FUSED, MeasuredTask, Metric, Results
@@ -220,8 +220,7 @@ class Evaluation:
         router = routers["phatgoose"]
         predictors = [strategy.predictor(name, self, routers[strategy.router]) for name, strategy in strategies.items()]
         with same_start(routers.values()) as remembered:
-            read = self.read(router, inputs_of(rows, task.metric))
-            data = TaskRows.of(task, read, router.backbone, reduction(rows, task.metric))
+            data = TaskRows.of(task, rows, partial(self.read, router), router.backbone)
             return score_task(predictors, data, self.batch_size, before_batch=remembered.clear)
 
     def read(self, router: PhatgooseRouter, rows: Dataset) -> Examples:

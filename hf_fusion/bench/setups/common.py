@@ -16,7 +16,7 @@ from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.corruptions import corrupted
 from hf_fusion.bench.rows import Rows, task_rows
 from hf_fusion.bench.suite import Suite
-from hf_fusion.evaluation.choices import likeliest, spread
+from hf_fusion.evaluation.choices import inputs_of, reduction
 from hf_fusion.evaluation.loop import TaskRows, predict_task
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.predictors import OutputPredictor
@@ -89,7 +89,7 @@ class TaskSetup:
 
     def inputs_of(self, task: str, rows: Dataset) -> Dataset:
         """The inputs that rows become: one for each choice where choices are ranked, else the rows themselves."""
-        return spread(rows) if self._ranks(task) else rows
+        return inputs_of(rows, self.suite.tasks[task].metric)
 
     def predict(self, prepared: Prepared) -> Predictions:
         """Predictions for rows, through the loop of every evaluation."""
@@ -105,7 +105,7 @@ class TaskSetup:
             rows: of the task.
             read: what `inputs_of` makes of them, encoded.
         """
-        reduced = partial(likeliest, rows) if self._ranks(task) else unchanged
+        reduced = reduction(rows, self.suite.tasks[task].metric)
         return TaskRows(self._measured(task, rows), read.rows, self.collate(read), reduced, keeps=True)
 
     def collate(self, read: Examples) -> Callable[[list[Any]], dict[str, Any]]:
@@ -133,18 +133,10 @@ class TaskSetup:
         """What a task's metric needs of a model's output."""
         return METRICS[self.suite.tasks[task].metric].reads
 
-    def _ranks(self, task: str) -> bool:
-        return self.reads(task) == "ranks"
-
 
 def on_device(inputs: Mapping[str, Any], device: str | torch.device) -> dict[str, Any]:
     """A batch where a model is."""
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-
-
-def unchanged(found: Predictions) -> Predictions:
-    """Predictions, unchanged: one for each row that is scored."""
-    return found
 
 
 def _attention(query: Shape, key: Shape, value: Shape, /, *_: object, **__: object) -> int:

@@ -17,10 +17,11 @@ from transformers import AutoProcessor, DataCollatorWithPadding
 from hf_fusion.bench.candidates import TEST, Candidate, Prepared
 from hf_fusion.bench.cells import CLEAN
 from hf_fusion.bench.not_applicable import NotApplicable
-from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications, on_device, unchanged
+from hf_fusion.bench.setups.common import MAX_LENGTH, ROWS_COUNTED, TaskSetup, multiplications, on_device
 from hf_fusion.bench.sources import expert_path
 from hf_fusion.bench.suite import Holdout, Suite
 from hf_fusion.bench.zero_shot import fix_classes
+from hf_fusion.evaluation.choices import unchanged
 from hf_fusion.evaluation.loop import TaskRows
 from hf_fusion.evaluation.predictions import Predictions, from_logits
 from hf_fusion.evaluation.predictors import Batch, ModelPredictor
