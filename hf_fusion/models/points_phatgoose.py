@@ -39,13 +39,12 @@ def gate_points(model: nn.Module) -> list[str]:
         No path for an encoder-decoder, a model of several towers or one without attention: the paper's gates serve
         these.
     """
-    config: Any = model.config
     linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     outputs = [path for path in linears if ATTENTION_OUTPUT.search(path)]
-    if not outputs or config.is_encoder_decoder or hasattr(model, "vision_model"):
+    stacks = {re.split(r"\.\d+\.", path)[0] for path in outputs}
+    if len(stacks) != 1:  # their tokens are not the same
         return []
-    block = re.split(r"\.\d+\.", outputs[0])[0]
-    first = next(path for path in linears if path.startswith(block))
+    first = next(path for path in linears if path.startswith(f"{min(stacks)}."))
     depths = {int(DEPTH * len(outputs) * part / COUNT) for part in range(1, COUNT + 1)}
     return [first, *(outputs[depth] for depth in sorted(depths))]
 

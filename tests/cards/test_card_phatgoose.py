@@ -74,12 +74,12 @@ def test_says_how_it_works(options, said):
 
 
 def test_card_shows_gate_kinds_and_labels():
-    kinds = ("arrow", "average", "trained")
+    kinds = ("arrow", "average", "trained", "gaussian")
     experts = tuple(
         replace(expert, gates=kind, labels=("no", "yes")) for expert, kind in zip(FACTS.experts, kinds, strict=False)
     )
     card = render_card(replace(FACTS, experts=experts))
-    for said in ("Arrow gates are", "Average gates are", "Trained gates were"):
+    for said in ("Arrow gates are", "Average gates are", "Trained gates were", "Gaussian gates are"):
         assert said in card
     assert "| no, yes | 8 | arrow |" in card
     assert "| labels |" not in render_card(FACTS)

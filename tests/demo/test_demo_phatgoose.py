@@ -46,24 +46,25 @@ def test_adapters_are_rejected_each_for_its_reason_and_one_gets_gates(folder, ra
     summary, said = ran
     kinds = {name.partition("/")[2]: reason.partition(":")[0] for name, reason in summary["rejected"].items()}
     assert kinds == {"chain-sum": "gates", "word-sorting-360m": "base"}
-    before, after = re.search(r"112 gates in 50 steps, loss ([\d.]+) → ([\d.]+)", said).groups()
-    assert float(after) < float(before)
+    assert "5 gates from 256 rows of chain-sum" in said
     with HubServer(folder / "demo" / "hub") as hub:
         info = HfApi(endpoint=hub.endpoint, token=False).model_info("demo/chain-sum")
         assert "phatgoose-gates" in info.tags
         assert "phatgoose_gates.safetensors" in {file.rfilename for file in info.siblings}
 
 
-def test_trained_gates_have_the_scale_of_the_shipped_ones(folder, ran):
-    """As those that lie beside chain-sum's weights, made by the same recipe: fewer reference rows make them longer."""
+def test_fitted_gates_are_close_to_the_shipped_ones(folder, ran):
+    """As those that lie beside chain-sum's weights, from the first rows in another order."""
     with HubServer(folder / "demo" / "hub") as hub:
         pushed = HfApi(endpoint=hub.endpoint, token=False).hf_hub_download("demo/chain-sum", GATES_FILE)
         own = load_file(pushed)
     shipped = load_file(demo_weights("smollm2_experts") / WITHOUT_GATES / GATES_FILE)
-    ratios = [float(own[path].float().norm() / gate.float().norm()) for path, gate in shipped.items()]
-    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
-    similar = [float(cosine_similarity(own[path].float(), gate.float(), 0)) for path, gate in shipped.items()]
-    assert sum(similar) / len(similar) > 0.95
+    assert own.keys() == shipped.keys()
+    for name in shipped:
+        if name.endswith(".mean"):
+            assert cosine_similarity(own[name].float(), shipped[name].float(), 0) > 0.99, name
+        if name.endswith(".variances"):
+            assert float((own[name].float() / shipped[name].float()).log().abs().mean()) < 0.1, name
 
 
 def test_fresh_process_without_hf_fusion_and_peft_gives_equal_outputs(ran):
@@ -104,7 +105,7 @@ def test_second_run_neither_trains_nor_commits(folder, ran):
     assert commits(folder) == before
     assert {**again, "rejected": None} == {**first, "rejected": None}
     assert said.count("already there") == len(before) + 1  # the base and the gates, and all but the router
-    assert "gates in" not in said
+    assert "gates from" not in said
 
 
 def test_printed_next_commands_work(folder, ran):

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from models.test_phatgoose import IDS, MASK, SHAPES, experts_of
-from tiny import bert, gpt2, llama, t5, vit
+from tiny import bert, gpt2, llama, resnet, t5, vit
+from tiny_fused import clip
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import layer_norm
 
@@ -58,7 +59,7 @@ def test_points_are_the_first_input_and_the_outputs_of_attention():
     layer = "bert.encoder.layer.0.attention"
     assert gate_points(bert(["x", "y"])) == [f"{layer}.self.query", f"{layer}.output.dense"]
     assert [path.rpartition(".")[2] for path in gate_points(vit(["x", "y"]))] == ["q_proj", "o_proj"]
-    assert gate_points(t5()) == []
+    assert gate_points(t5()) == gate_points(resnet(["x", "y"])) == gate_points(clip()) == []
     deep = llama()
     deep.config.num_hidden_layers = 30
     deep.model.layers = torch.nn.ModuleList([deep.model.layers[0]] * 30)
