@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_phatgoose import PhatgooseConfig
 from .fused_heads import labels_of
-from .points_phatgoose import GatePoint, prepared
+from .points_phatgoose import GatePoint, before_points, prepared
 from .routing_phatgoose import ABSENT, RoutedHead, RoutedLinears
 
 # linears of one block that read the same input; a linear with another name forms a group of one
@@ -138,7 +138,7 @@ def prepare_experts(
             )
         row = {"name": name, "revision": expert.revision, "license": expert.license, "task": expert.task}
         entry = PreparedExpert({**row, "gates": gates.description, "labels": []})
-        entry.points = _points(name, gates, base, config)
+        entry.points = _points(name, gates, base, config, adapter.lora)
         for path, (a, b) in adapter.lora.items():
             _check_linear(name, path, a, b, base)
             gate = () if entry.points else _gate(name, path, a.shape[1], gates, config.routing)
@@ -166,7 +166,7 @@ def _check_linear(name: str, path: str, a: torch.Tensor, b: torch.Tensor, base: 
         raise ValueError(f"{name} has NaN or Inf in {path}")
 
 
-def _points(name: str, gates: Any, base: Any, config: PhatgooseConfig) -> dict[str, Tensors]:
+def _points(name: str, gates: Any, base: Any, config: PhatgooseConfig, adapted: Collection[str]) -> dict[str, Tensors]:
     """An expert's Gaussian gates; none where every linear has gates.
 
     Raises:
@@ -180,6 +180,8 @@ def _points(name: str, gates: Any, base: Any, config: PhatgooseConfig) -> dict[s
             f"{name} has {kinds[0]}, the other experts {kinds[1]}, and their scores cannot be compared: "
             "fit gates of one kind for all (hf-fusion fit gates, --kind gaussian or paper)"
         )
+    if config.gate_points and (early := before_points(base, adapted)):
+        raise ValueError(f"{name} adapts {early}, before any input of Gaussian gates: fit the paper's gates for all")
     points = {}
     for path in config.gate_points:
         if path not in gates.gaussians:

@@ -275,27 +275,29 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         """
         config, backbone = self.config, self.backbone
         pools = config.head in POOLED_HEADS
-        for index, path in enumerate(config.gate_points):
-            linear = backbone.get_submodule(path)
-            ranks = [len(entry.points[path][2]) for entry in entries or []] or [config.gate_rank]
-            where = {"dtype": backbone.dtype, "device": linear.weight.device}
-            # The first input is that of the first block: alone it tells little of a token, but much of an example.
-            summed = range(0 if pools else min(index, 1), index + 1)
-            point = GatePoint(
-                index, summed, linear_sizes(linear)[0], config.num_experts, max(ranks), pools, self.calls, where
-            )
-            if entries is not None:
-                fill_point(point, path, entries)
-                config.gate_rank = max(ranks)
-            linear.add_module("gate_point", point)
-            self._handles.append(linear.register_forward_pre_hook(partial(_decide, point)))
-            self._points[path] = point
         indices = {path: index for index, path in enumerate(config.gate_points)}
+        # The first input is that of the first block: alone it tells little of a token, but much of an example.
+        summed = {index: range(0 if pools else min(index, 1), index + 1) for index in indices.values()}
         last, found = None, {}
         for path, _ in backbone.named_modules():
             last = indices.get(path, last)
             if last is not None:
                 found[path] = (last, pools)
+        routed = {path for profile in config.profiles for path in profile["ranks"]}
+        needed = {other for path in routed & found.keys() for other in summed[found[path][0]]}
+        for path, index in indices.items():
+            linear = backbone.get_submodule(path)
+            ranks = [len(entry.points[path][2]) for entry in entries or []] or [config.gate_rank]
+            where = {"dtype": backbone.dtype, "device": linear.weight.device}
+            width = linear_sizes(linear)[0]
+            point = GatePoint(index, summed[index], width, config.num_experts, max(ranks), pools, self.calls, where)
+            if entries is not None:
+                fill_point(point, path, entries)
+                config.gate_rank = max(ranks)
+            linear.add_module("gate_point", point)
+            self._points[path] = point
+            if index in needed:
+                self._handles.append(linear.register_forward_pre_hook(partial(_decide, point)))
         return found
 
     def _head(self, path: str, like: Mapping[str, Any]) -> RoutedHead:
@@ -338,7 +340,8 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
             base += sum(d_in * d_out for d_in, d_out in sizes)
             gates = 0 if group.gates is None else group.gates.numel()
             extra += gates + top_k * group.widest * sum(map(sum, sizes))
-        extra += sum(point.mean.numel() + point.directions.numel() for point in self._points.values())
+        hooked = [p for path, p in self._points.items() if self.backbone.get_submodule(path)._forward_pre_hooks]
+        extra += sum(point.mean.numel() + point.directions.numel() for point in hooked)
         routed = [*(group for _, group in self._groups), *self._points.values(), *self._heads.values()]
         return Summary(
             experts=self.experts,

@@ -9,7 +9,7 @@ a few of them tell the task of a token, and their decision serves the linears th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,17 @@ def gate_points(model: nn.Module) -> list[str]:
     first = next(path for path in linears if path.startswith(f"{min(stacks)}."))
     depths = {int(DEPTH * len(outputs) * part / COUNT) for part in range(1, COUNT + 1)}
     return [first, *(outputs[depth] for depth in sorted(depths))]
+
+
+def before_points(model: nn.Module, adapted: Collection[str]) -> str:
+    """The first adapted linear that the base runs before its gate points, so that none decides for it; "" if none."""
+    points = gate_points(model)
+    for path, _ in model.named_modules():
+        if path in points:
+            return ""
+        if path in adapted:
+            return path
+    return ""
 
 
 class GatePoint(nn.Module):
@@ -171,4 +182,4 @@ def prepared(gaussian: Any) -> tuple[torch.Tensor, ...]:
     return mean, directions, variances / (variances + NOISE), directions @ mean, bias
 
 
-__all__ = ["NOISE", "POOLED_HEADS", "GatePoint", "decided", "gate_points", "prepared"]
+__all__ = ["NOISE", "POOLED_HEADS", "GatePoint", "before_points", "decided", "gate_points", "prepared"]

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from hf_fusion.errors import FusionError
 from hf_fusion.hub.gates_file import gate_sizes
 from hf_fusion.hub.load import load_experts
-from hf_fusion.models.points_phatgoose import gate_points
+from hf_fusion.models.points_phatgoose import before_points, gate_points
 from hf_fusion.progress import phase
 from hf_fusion.training.batches import Examples, equal_length_batches, read_examples, to_model
 from hf_fusion.training.callbacks import set_progress
@@ -79,7 +79,8 @@ def train_gates(
         dataset: the adapter's training data, or similar data. Columns ``prompt`` and ``target`` for language models
             (the loss is on the target), ``text`` (``text_pair``) or ``image`` with ``label`` for classifiers.
         gates: "gaussian", or "paper". By default Gaussian, but the paper's if `whitening` is given or the base has no
-            inputs for Gaussian ones (encoder-decoders, models of several towers, bases without attention). Experts are
+            inputs for Gaussian ones (encoder-decoders, models of several towers, bases without attention, or an adapted
+            linear before the first block). Experts are
             fused only if their gates are of one kind. Gaussian gates have no use for `steps`, `learning_rate`,
             `warmup`, `output_dir` and `more`.
         base: the adapter's base, if not the one that it records.
@@ -108,7 +109,8 @@ def train_gates(
         raise FusionError("Gaussian gates are not whitened", hint="omit whitening, or gates='paper'")
     if gates != "paper" and whitening is None:
         loaded = _load_adapter(expert, base)
-        if gate_points(loaded.model):
+        assert loaded.adapter is not None  # checked by _load_adapter
+        if gate_points(loaded.model) and not before_points(loaded.model, loaded.adapter.lora):
             for name, value in {"steps": steps, "learning_rate": learning_rate}.items():
                 if value is not None:
                     logger.warning("%s=%s is ignored: Gaussian gates take one pass (gates='paper')", name, value)

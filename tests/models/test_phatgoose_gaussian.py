@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from torch.nn.functional import layer_norm
 
 from hf_fusion import Expert, PhatgooseForGeneration, PhatgooseRouter
-from hf_fusion.models.points_phatgoose import NOISE, GatePoint, gate_points, prepared
+from hf_fusion.models.points_phatgoose import NOISE, GatePoint, before_points, gate_points, prepared
 from hf_fusion.models.state_phatgoose import RoutingCalls
 from hf_fusion.types import Gates, Gaussian
 
@@ -235,3 +235,33 @@ def test_the_summary_counts_gates_once_per_decision():
     updates = 2 * 2 * 4 * (64 + 64 + 48 * 2 + 96 * 3)  # layers, top-k, rank, Σ (d_in + d_out)
     assert facts["relative_cost"] == pytest.approx(1 + (gates + updates) / base)
     assert facts["gates"] == ["gaussian"] * 4
+
+
+def test_a_linear_before_the_first_block_needs_the_papers_gates():
+    base = gpt2()
+    base.transformer.drop = torch.nn.Linear(48, 48)  # runs before the blocks, though not before them in the file
+    modules = base.transformer._modules
+    base.transformer._modules = {name: modules[name] for name in ("wte", "wpe", "drop", "h", "ln_f")}
+    experts = with_gaussians(experts_of(base, [(4, ("drop", "c_attn"))]))
+    assert before_points(base, experts[0].adapter.lora) == "transformer.drop"
+    with pytest.raises(ValueError, match=r"me/expert-0 adapts transformer\.drop, before any input of Gaussian gates"):
+        PhatgooseRouter.from_experts(experts, top_k=1)
+
+
+def test_an_input_that_no_decision_needs_is_not_scored():
+    experts = with_gaussians(experts_of(llama(), SHAPES["llama"][1]))
+    whole = PhatgooseRouter.from_experts(experts)
+    for expert in experts:
+        expert.adapter.lora = {path: pair for path, pair in expert.adapter.lora.items() if ".1." in path}
+    upper = PhatgooseRouter.from_experts(experts)
+    for router, expected_points in ((whole, {0, 1}), (upper, {1})):
+        with torch.no_grad():
+            router(input_ids=IDS)
+        assert router.calls.last().decisions.keys() == expected_points
+    upper.add_experts([replace(SPARE, model=upper.backbone)])  # adapts the first block: its decision is needed again
+    with torch.no_grad():
+        upper(input_ids=IDS)
+    assert upper.calls.last().decisions.keys() == {0, 1}
+
+
+SPARE = replace(with_gaussians(experts_of(llama(), [(4, ("q_proj",))]))[0], name="me/spare")
