@@ -33,7 +33,8 @@ from transformers import (
 from hf_fusion import FoEModel
 from hf_fusion.demo.digits import DIGITS, EXPERTS, LABEL_MAPS, SOURCES, digits
 from hf_fusion.evaluation.evaluate import evaluate
-from hf_fusion.training.fuser import fit_fuser, replay
+from hf_fusion.training.frugal import replay
+from hf_fusion.training.fuser import fit_fuser
 from hf_fusion.training.outputs import collect_outputs
 
 
@@ -299,7 +300,8 @@ def compare(folder: Path) -> None:
     results = evaluate(foe, test)
     print("\n" + "\n".join("  ".join(row.values()) for row in results.table() if row["predictor"] not in EXPERTS))
     frugal = foe.config.frugal
-    _, order = replay(foe.policy, outputs, torch.tensor(foe.config.cost_shares), frugal["cost_weight"])
+    shown = foe.fuser.read(collected.features)
+    _, order = replay(foe.policy, foe.fuser, shown, torch.tensor(foe.config.cost_shares), frugal["cost_weight"])
     asked = torch.bincount((order > 0).sum(1), minlength=len(EXPERTS) + 1).tolist()
     print(f"\nimages by number of experts that frugal FoE asks, 1 to {len(EXPERTS)}: {asked[1:]}")
     print("frugal curve, cost: accuracy  " + "  ".join(f"{p['cost']:.0%}: {p['score']:.1%}" for p in results.curve))

@@ -32,6 +32,7 @@ from hf_fusion.models.fused_html import LONGEST, MOST_COLUMNS, MOST_ROWS
 from hf_fusion.models.fused_summary import Summary
 from hf_fusion.training.adaptation import Adaptation, Diagnostics
 from hf_fusion.training.fuser import Fit
+from hf_fusion.training.fuser_choice import Scored
 
 EVIL = "<script>alert(1)</script>"
 
@@ -140,7 +141,7 @@ def test_reports_are_tables():
         ["folder", "merged"], ["method", "ties"], ["base", "me/base"], ["experts", "me/a\nme/b"], ["tensors", "1,234"],
         ["MB", "2"], ["seconds", "3.2"], ["warnings", "a\nb"],
     ]  # fmt: skip
-    assert ["held out rows", "10"] in shown(Fit(90, 10, 0.25, 0.9, None, []))[0]
+    assert ["held out rows", "10"] in shown(Fit("mlp", 90, 10, 0.25, 0.9, None, []))[0]
     before, after = Diagnostics(0.5, 1, 2, 0.25), Diagnostics(0.75, 0.5, 2, 1)
     report = Adaptation("expert", 0.0, 1e-3, 16, 50, {"cola": 600}, before={"cola": before}, after={"cola": after})
     facts, tasks = shown(report)
@@ -249,7 +250,7 @@ def hostile() -> list[object]:
         Summary(facts),
         recipe,
         MergeReport(Path(EVIL), recipe, 1, 1, 1, warnings=[EVIL]),
-        Fit(1, 1, 1.0, None, None, [EVIL]),
+        Fit("mlp", 1, 1, 1.0, None, None, [EVIL], [Scored(EVIL, 1.0, 0.5)]),
         Adaptation("expert", 0, 1, 1, rows={EVIL: 1}, stopped=EVIL),
         Results([MeasuredTask(EVIL, EVIL, 1, pooled=True)], [PredictorScores(EVIL, "fused", {EVIL: score(0.5)})]),
         wemoe,

@@ -55,7 +55,8 @@ def _ranks_text(ranks: Iterable[int]) -> str | None:
 
 
 def _foe_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {key: config.get(key) for key in ("mode", "features_from", "frugal", "rule", "over", "weights", "fitted")}
+    shown = ("mode", "fuser", "features_from", "frugal", "rule", "over", "weights", "fitted")
+    return {key: config.get(key) for key in shown}
 
 
 def _foe_ranks(config: Mapping[str, Any]) -> list[str | None]:

@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_fuser(fuser: argparse.ArgumentParser) -> None:
     fuser.add_argument("folder", metavar="MODEL_DIR", help="a folder that hf-fusion fuse wrote; the fit is saved in it")
     _add_data(fuser)
+    fuser.add_argument(
+        "--fuser",
+        choices=("auto", "mlp", "stacking", "gating", "gated-stacking", "attention"),
+        default="auto",
+        help="kind of fuser: chosen by cross-validation (default), the paper's mlp, or another",
+    )
     fuser.add_argument("--frugal", action="store_true", help="also learn to predict with fewer experts")
     fuser.add_argument(
         "--by",
@@ -197,8 +203,8 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
         raise FusionError(
             f"{args.folder} was made by {made}: it has no fuser", f"hf-fusion fuse --method {family.name} …"
         )
-    if args.frugal and config.get("mode") == "selection":
-        raise UsageError("--frugal does not apply to the mode selection, which runs one expert", "omit --frugal")
+    if args.frugal and args.fuser == "mlp" and config.get("mode") == "selection":
+        raise UsageError("--frugal in the mode selection needs another fuser than mlp", "omit --fuser")
     label, expert = args.label_column or "label", args.expert_column or "expert"
     needed = columns_to_fit(config, args.by, label, expert)
     named = (args.label_column, args.expert_column)
@@ -217,6 +223,7 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
     fit = fit_fuser(
         model,
         rows,
+        fuser=args.fuser,
         by=args.by,
         frugal=args.frugal,
         seed=args.seed,
@@ -224,7 +231,14 @@ def _fit_fuser(args: argparse.Namespace, out: Out) -> None:
         expert_column=expert,
     )
     folder = save_fused(model, args.folder, recipe, overwrite=True)
-    out.result("Fitted", folder=str(folder), **asdict(fit))
+    facts = asdict(fit)
+    compared = facts.pop("compared")
+    out.table(
+        [{**each, "loss": round(each["loss"], 4), "accuracy": round(each["accuracy"], 4)} for each in compared],
+        title="fusers in cross-validation",
+        human_only=True,
+    )
+    out.result("Fitted", folder=str(folder), **facts)
     out.hint(f"hf-fusion eval {args.folder} --data {args.data} --split test")
 
 

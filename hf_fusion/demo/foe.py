@@ -138,7 +138,7 @@ def _fuse_fit_measure(
     out.log(f"      running them on {len(train):,} images for fitting and {len(test):,} for evaluation …")
     fit = fit_fuser(model, train, frugal=True, seed=seed)
     out.log(
-        f"      fitted on {fit.train_rows:,} images that no expert saw; {fit.held_out_rows:,} others said when to stop"
+        f"      fitted on {fit.train_rows:,} images that no expert saw; cross-validation chose the fuser {fit.fuser!r}"
     )
     results = evaluate(model, test, name=DATA, command="hf-fusion demo")
     fused = save_fused(model, workspace.folder / NAME, overwrite=True)

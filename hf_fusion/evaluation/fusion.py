@@ -20,7 +20,7 @@ from hf_fusion.evaluation.results import FRUGAL, FUSED, MeasuredTask, Results
 from hf_fusion.evaluation.scoring import compare
 from hf_fusion.evaluation.task_metrics import row_scores, score_of
 from hf_fusion.progress import track
-from hf_fusion.training.fuser import COST_WEIGHTS, replay
+from hf_fusion.training.frugal import COST_WEIGHTS, replay
 from hf_fusion.training.outputs import ExpertOutputs, collect_outputs, generates, input_columns
 
 if TYPE_CHECKING:
@@ -165,9 +165,14 @@ class _Predictors:
     def frugal(self, name: str, cost_weight: float) -> OutputPredictor:
         """The frugal variant at some lambda."""
         shares = torch.tensor(self.model.config.cost_shares)
-        outputs, order = replay(copy.deepcopy(self.model.policy).to("cpu"), self.outputs, shares, cost_weight)
-        fused = self.model.fuser(outputs.flatten(1).to(self.model.device)).cpu()
-        return self._of(name, FRUGAL, fused, float(((order > 0) * shares).sum(1).mean()))
+        policy, fuser = copy.deepcopy(self.model.policy).to("cpu"), copy.deepcopy(self.model.fuser).to("cpu")
+        shown, order = replay(policy, fuser, fuser.read(self.collected.features), shares, cost_weight)
+        fused, queried = fuser.combine(shown, order > 0), order > 0
+        if self.model.config.mode == "selection":  # the chosen expert runs too
+            choice = fused.argmax(1)
+            queried[torch.arange(len(choice)), choice] = True
+            fused = self.outputs[torch.arange(len(choice)), choice]
+        return self._of(name, FRUGAL, fused, float((queried * shares).sum(1).mean()))
 
     def selection_accuracy(self) -> float | None:
         """How often the expert of the example's domain was chosen."""

@@ -25,6 +25,7 @@ from .fused_checks import (
 )
 from .fused_config import EXPERT, GENERATING, FusedConfig
 from .fused_custom_code import without_code
+from .fuser_foe import FUSERS
 
 MODES = ("output", "selection")
 HEADS = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm")
@@ -50,9 +51,11 @@ FIELDS: Table = {
     "head": one_of(*HEADS),
     "experts": each(row(MEMBER), least=1),
     "backbones": each(row(BACKBONE), least=1),
+    "fuser": optional(one_of(*FUSERS)),
     "fuser_hidden": each(whole(1)),
     "fuser_dropout": number(least=0, most=1),
     "features_from": optional(whole()),
+    "feature_depths": optional(each(number(least=0, most=1), least=1)),
     "frugal": optional(row(FRUGAL)),
     "budget": optional(number(above=0, most=1)),
     "vocabularies": optional(each(whole(1), least=1)),
@@ -72,14 +75,17 @@ class FoEConfig(FusedConfig):
         head: kind of the experts' head, one of `HEADS`.
         experts: one dict per expert: name, revision, license, task, labels (its own class names), label_map (fused
             class index of each of its classes, -1 for none), backbone (index into `backbones`), feature_size
-            (width of its embedding; None in "output") and cost (any positive unit; parameters by default). Language
-            models have generation too: the expert's generation config, which may be edited here.
+            (width of its embedding; None if the fuser reads none) and cost (any positive unit; parameters by default).
+            Language models have generation too: the expert's generation config, which may be edited here.
         backbones: one dict per transformer: config (of the inner model), inputs (index of the processor that feeds
             it), ranks (module path -> LoRA rank of each of its experts) and saved (module path -> head width of
             each of its experts). Full models have neither ranks nor saved.
-        fuser_hidden: widths of the fuser's hidden layers.
-        fuser_dropout: dropout after each hidden layer.
+        fuser: kind of the fuser, one of `FUSERS`; "mlp" is the paper's.
+        fuser_hidden: widths of the hidden layers of the fuser "mlp".
+        fuser_dropout: dropout after each of them.
         features_from: in selection, the index of the one expert whose embedding feeds the fuser; None for all.
+        feature_depths: where an embedding is taken from, as shares of the layers: [0.5, 1.0] puts the states of the
+            middle layer and of the last one side by side. None is the last.
         frugal: None, or what the frugal variant needs: neighbors (kappa), cost_weight (lambda), rows (validation
             points kept) and subsets (sets of experts whose loss is kept).
         budget: default budget of a forward, a share of the cost of all experts in (0, 1]; None queries all.
@@ -100,9 +106,11 @@ class FoEConfig(FusedConfig):
     head: str = "sequence-classification"
     # None stands for an empty list: a config's defaults may not be mutable.
     backbones: list[dict[str, Any]] = None  # type: ignore[assignment]
+    fuser: str = "mlp"
     fuser_hidden: list[int] = None  # type: ignore[assignment]
     fuser_dropout: float = 0.0
     features_from: int | None = None
+    feature_depths: list[float] | None = None
     frugal: dict[str, Any] | None = None
     budget: float | None = None
     vocabularies: list[int] | None = None
@@ -160,6 +168,11 @@ class FoEConfig(FusedConfig):
         """Each expert's share of the cost of querying all of them; sums to 1."""
         costs = [expert["cost"] for expert in self.experts]
         return [cost / sum(costs) for cost in costs]
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether the fuser reads hidden states of the experts."""
+        return any(expert.get("feature_size") for expert in self.experts)
 
     def backbone_config(self, index: int) -> PreTrainedConfig:
         """The config of a backbone's model, rebuilt from the stored dict.

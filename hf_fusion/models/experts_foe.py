@@ -7,7 +7,9 @@ shared by all rows, and each group is multiplied by its expert's A and B in one 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -156,6 +158,59 @@ def _on_meta(head: str, config: PreTrainedConfig, num_labels: int) -> PreTrained
     resized.num_labels = num_labels
     with torch.device("meta"):
         return AUTO_CLASSES[head].from_config(resized, trust_remote_code=False)
+
+
+@dataclass
+class ExpertRun:
+    """What experts give for N rows.
+
+    Attributes:
+        outputs: in the fused label space (N, C): probabilities, or scores for regression; zeros for a row whose logits
+            are not finite, so that a broken expert counts as not queried.
+        logits: the same, -inf for such a row, and for labels that the expert does not know; None if not wanted.
+        embedding: (N, d); None if not wanted.
+        shown: what the fuser reads of them, (N, R); None if not wanted.
+        head: logits of their heads, before they are mapped to fused labels, (N, C_b); None if not wanted.
+    """
+
+    outputs: torch.Tensor
+    logits: torch.Tensor | None = None
+    embedding: torch.Tensor | None = None
+    shown: torch.Tensor | None = None
+    head: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> ExpertRun:
+        """The same on another device."""
+        return ExpertRun(*(None if each is None else each.to(device) for each in self._tensors()))  # type: ignore[arg-type]
+
+    def chunk(self, count: int) -> list[ExpertRun]:
+        """Groups of rows of equal size."""
+        groups = [[None] * count if each is None else each.chunk(count) for each in self._tensors()]
+        return [ExpertRun(*group) for group in zip(*groups, strict=True)]
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.outputs, self.logits, self.embedding, self.shown, self.head
+
+
+def embedding_of(
+    states: Sequence[torch.Tensor], mask: torch.Tensor | None, depths: Sequence[float] | None, last: bool = False
+) -> torch.Tensor:
+    """Hidden states of all layers -> one vector per example, of the layers at some depths side by side.
+
+    Args:
+        states: of each layer, the embeddings' first.
+        mask: (N, T), 1 for real tokens.
+        depths: shares of the layers, 1.0 is the last one; None for that alone. A layer of another width than the last,
+            as in pyramids, is replaced by the last.
+        last: see `pool_states`.
+    """
+    chosen = [states[round(depth * (len(states) - 1))] for depth in depths or [1.0]]
+    width = _width(states[-1])
+    return torch.cat([pool_states(each if _width(each) == width else states[-1], mask, last) for each in chosen], 1)
+
+
+def _width(states: torch.Tensor) -> int:
+    return states.shape[1 if states.dim() == 4 else -1]
 
 
 def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:

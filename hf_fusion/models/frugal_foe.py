@@ -4,13 +4,16 @@ After querying the set S, the policy picks the superset that minimises the expec
 
     E[loss(f_S'(X), Y) | outputs of S] + lambda * cost(S'),
 
-where the expectation is the mean loss over the kappa validation points nearest to x in the outputs of S.
+where the expectation is the mean loss over the kappa validation points nearest to x in the outputs of S; for fusers
+that weigh experts, in what the fuser believes after S. So it finds the expert that knows an input even where no two
+know the same labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +49,7 @@ class FrugalPolicy(nn.Module):
     Args:
         rows: V, number of validation points.
         num_experts: K.
-        num_outputs: C, width of an expert's output.
+        num_outputs: R, width of what an expert shows the fuser: its C outputs, for the fuser "mlp".
         subsets: M, number of candidate sets.
         neighbors: kappa.
     """
@@ -58,7 +61,7 @@ class FrugalPolicy(nn.Module):
     def __init__(self, rows: int, num_experts: int, num_outputs: int, subsets: int, neighbors: int) -> None:
         super().__init__()
         self.neighbors = min(neighbors, rows)
-        self.register_buffer("outputs", torch.zeros(rows, num_experts, num_outputs))  # (V, K, C)
+        self.register_buffer("outputs", torch.zeros(rows, num_experts, num_outputs))  # (V, K, R)
         self.register_buffer("subsets", torch.zeros(subsets, num_experts, dtype=torch.bool))  # (M, K)
         self.register_buffer("losses", torch.zeros(subsets, rows))  # (M, V)
 
@@ -71,20 +74,23 @@ class FrugalPolicy(nn.Module):
         cost_weight: float,
         budget: float = 1.0,
         exclude: torch.Tensor | None = None,
+        position: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries experts for each example until another query would cost more than it gains.
 
         Args:
-            query: (rows (n,), experts (n,)) -> outputs (n, C) of that expert for that row.
+            query: (rows (n,), experts (n,)) -> what that expert shows of that row, (n, R).
             batch: B, number of examples.
             costs: (K,) shares of the cost of all experts, summing to 1.
             cost_weight: lambda, the loss that is worth the cost of all experts.
             budget: maximum cost of an example; if even the cheapest expert costs more, it alone is queried.
             exclude: (B,) for examples that are validation points: their indices, so that none is its own neighbour.
+            position: (shown (n, K, R), queried (n, K)) -> (n, D), where an example lies for the search of neighbours;
+                default: what was shown.
 
         Returns:
-            outputs (B, K, C), zero where not queried, and order (B, K): 1 for the first expert queried, 2 for the
-            second, 0 for those not queried.
+            what was shown (B, K, R), zero where not queried, and order (B, K): 1 for the first expert queried, 2
+            for the second, 0 for those not queried.
         """
         device, dtype = self.losses.device, torch.float32  # distances are computed in fp32 even if the model is in bf16
         points, losses = self.outputs.to(dtype), self.losses.to(dtype)
@@ -99,7 +105,10 @@ class FrugalPolicy(nn.Module):
             if step == 1:  # no outputs yet: all validation points are equally near
                 expected = losses.mean(1).expand(len(active), -1)  # (A, M)
             else:
-                expected = self._local_losses(losses, distance[active], None if exclude is None else exclude[active])
+                near = (
+                    distance[active] if position is None else self._apart(position, outputs[active], order[active] > 0)
+                )
+                expected = self._local_losses(losses, near, None if exclude is None else exclude[active])
             chosen = self._choose(expected, order[active] > 0, affordable, subset_costs * cost_weight)
             active, chosen = active[chosen >= 0], chosen[chosen >= 0]
             if not len(active):
@@ -109,12 +118,29 @@ class FrugalPolicy(nn.Module):
             results = query(active, chosen).to(dtype)
             outputs[active, chosen] = results
             order[active, chosen] = step
-            for expert in chosen.unique().tolist():
+            for expert in chosen.unique().tolist() if position is None else ():
                 selected = chosen == expert
                 distance[active[selected]] += torch.cdist(
                     results[selected], points[:, expert], compute_mode="donot_use_mm_for_euclid_dist"
                 ).square()
         return outputs, order
+
+    def _apart(
+        self,
+        position: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        shown: torch.Tensor,
+        queried: torch.Tensor,
+    ) -> torch.Tensor:
+        """Distances between examples and validation points after the same queries, (A, V)."""
+        distance = torch.zeros(len(shown), len(self.outputs), device=shown.device)
+        sets, of_row = queried.unique(dim=0, return_inverse=True)
+        for index, members in enumerate(sets):
+            rows = of_row == index
+            points = position(self.outputs.float() * members[:, None], members.expand(len(self.outputs), -1))
+            distance[rows] = torch.cdist(
+                position(shown[rows], queried[rows]), points, compute_mode="donot_use_mm_for_euclid_dist"
+            )
+        return distance
 
     def _local_losses(self, losses: torch.Tensor, distance: torch.Tensor, exclude: torch.Tensor | None) -> torch.Tensor:
         """Mean loss of each candidate set over the nearest validation points: (A, V) distances -> (A, M)."""
@@ -139,3 +165,30 @@ class FrugalPolicy(nn.Module):
         singleton_objective[:, members] = (expected + penalty)[:, single]
         chosen = singleton_objective.masked_fill(~candidates, float("inf")).argmin(1)
         return torch.where(candidates.any(1), chosen, -1)
+
+
+def build_policy(config: Any, fuser: Any) -> FrugalPolicy:
+    """The policy of a config, still without its validation points."""
+    sizes = {name: config.frugal[name] for name in ("rows", "subsets", "neighbors")}
+    return FrugalPolicy(num_experts=config.num_experts, num_outputs=fuser.shown_size, **sizes)
+
+
+def run_policy(
+    policy: FrugalPolicy | None,
+    config: Any,
+    fuser: Any,
+    query: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    batch: int,
+    budget: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`FrugalPolicy.run` with a fuser, and the costs and the lambda of a config.
+
+    Raises:
+        ValueError: the model was not fitted for it, or the budget is not a share.
+    """
+    if policy is None or config.frugal is None:
+        raise ValueError("this model was fitted without frugal=True, so it cannot keep to a budget")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}; it is a share of the experts' cost in (0, 1]")
+    costs = torch.tensor(config.cost_shares)
+    return policy.run(query, batch, costs, config.frugal["cost_weight"], budget, position=fuser.position)

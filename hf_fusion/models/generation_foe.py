@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .configuration_foe import FoEConfig
-from .experts_foe import pool_states, repeat_rows, take_rows
+from .experts_foe import embedding_of, repeat_rows, take_rows
+from .frugal_foe import run_policy
 from .options_foe import POSITIONAL, PROMPT, Arguments, changes_of, check_tokens, settings_of, shared_config
 from .outputs_foe import ExpertOutput, combine
 
@@ -46,9 +47,22 @@ class SelectionMixin:
     def prompt_embeddings(self: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings of prompts by all experts (or by `features_from`), (B, Σd)."""
         source = self.config.features_from
-        parts: list[tuple[int, torch.Tensor]] = []
+        read = range(self.config.num_experts) if source is None else [source]
+        return torch.cat(self.embeddings(inputs, read, self.config.feature_depths), 1)
+
+    def embeddings(
+        self: Any, inputs: Mapping[str, Any], experts: Sequence[int], depths: Sequence[float] | None
+    ) -> list[torch.Tensor]:
+        """Embeddings of prompts by some experts, each (B, d_k).
+
+        Args:
+            inputs: prompts, as the processor returns them.
+            experts: their indices.
+            depths: see `FoEConfig.feature_depths`.
+        """
+        parts: dict[int, torch.Tensor] = {}
         for backbone, module in enumerate(self.backbones):
-            members = [m for m in self._members(backbone) if source in (None, m)]
+            members = [m for m in self._members(backbone) if m in experts]
             if not members:
                 continue
             batch = repeat_rows(self._inputs_of(backbone, inputs), len(members))
@@ -63,16 +77,45 @@ class SelectionMixin:
             if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
                 batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift a prompt
             with module.groups.of([self._members(backbone).index(m) for m in members]):
-                states = body(**batch).last_hidden_state
-            pooled = pool_states(states, mask, last=not encoder_decoder)
-            parts += zip(members, pooled.to(self.device).chunk(len(members)))
-        return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], 1)
+                output = body(**batch, **({} if depths is None else {"output_hidden_states": True}))
+            states = (output.last_hidden_state,) if depths is None else output.hidden_states
+            pooled = embedding_of(states, mask, depths, last=not encoder_decoder)
+            parts.update(zip(members, pooled.to(self.device).chunk(len(members)), strict=True))
+        return [parts[expert] for expert in experts]
 
-    def select(self: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The expert chosen for each prompt, (B,)."""
-        scores = self.fuser(self.prompt_embeddings(inputs))
+    def select(self: Any, inputs: Mapping[str, Any], budget: float | None = None) -> torch.Tensor:
+        """The expert chosen for each prompt, (B,).
+
+        Args:
+            inputs: prompts, as the processor returns them.
+            budget: share of the cost of all experts, in (0, 1], that reading a prompt may cost: the experts read it one
+                after the other, until the choice is clear. None, without ``config.budget``, has all of them read it.
+
+        Raises:
+            ValueError: a budget for a model that was not fitted frugally.
+        """
+        budget = self.config.budget if budget is None else budget
+        count = self.config.num_experts
+        if budget is None:
+            scores = self.fuser(self.prompt_embeddings(inputs))
+            choice = scores.argmax(1)
+            self._record(choice, order=nn.functional.one_hot(choice, count), scores=scores)
+            return choice
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+
+        def query(rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+            shown = torch.zeros(len(rows), self.fuser.shown_size, device=self.device)
+            for expert in experts.unique().tolist():
+                of_expert = experts == expert
+                [embedding] = self.embeddings(take_rows(tensors, rows[of_expert]), [expert], self.config.feature_depths)
+                shown[of_expert] = self.fuser.read_expert(expert, embedding).float()
+            return shown
+
+        batch = len(next(iter(tensors.values())))
+        shown, order = run_policy(getattr(self, "policy", None), self.config, self.fuser, query, batch, budget)
+        scores = self.fuser.combine(shown, order > 0)
         choice = scores.argmax(1)
-        self._record(choice, order=nn.functional.one_hot(choice, self.config.num_experts), scores=scores)
+        self._record(choice, order=order, scores=scores)
         return choice
 
     def forward(
@@ -81,6 +124,7 @@ class SelectionMixin:
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         choice: torch.Tensor | Sequence[int] | None = None,
+        budget: float | None = None,
         **inputs: Any,
     ) -> CausalLMOutput:
         """Computes the logits of the expert selected for each row.
@@ -90,6 +134,7 @@ class SelectionMixin:
             attention_mask: (B, T).
             labels: (B, T) token ids, -100 where no loss is wanted. A row's prompt ends before its first label.
             choice: (B,) indices of experts, in place of the fuser's selection.
+            budget: see `select`.
             inputs: all else that the processor returned.
 
         Returns:
@@ -106,7 +151,7 @@ class SelectionMixin:
             if labels is not None and not self.config.is_encoder_decoder:
                 unlabelled = (labels != -100).cumsum(1) == 0
                 prompt["attention_mask"] = unlabelled if attention_mask is None else attention_mask * unlabelled
-            choice = self.select(prompt)
+            choice = self.select(prompt, budget)
         choice = torch.as_tensor(choice, device=self.device)
         if labels is not None and self.config.is_encoder_decoder:
             all_inputs["labels"] = labels
@@ -141,6 +186,7 @@ class SelectionMixin:
         generation_config: GenerationConfig | None = None,
         *args: Any,
         choice: torch.Tensor | Sequence[int] | None = None,
+        budget: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generates for each prompt with the expert selected for it, by that expert's generation config.
@@ -155,6 +201,7 @@ class SelectionMixin:
             generation_config: its values override the experts'.
             args: other positional arguments of `generate`, in transformers' order.
             choice: (B,) indices of experts, in place of the fuser's selection.
+            budget: see `select`.
             kwargs: options, and inputs as the processor returned them. With several tokenizers the inputs of tokenizer
                 g end in ``_g``, as in ``decoder_input_ids_1``.
 
@@ -182,7 +229,7 @@ class SelectionMixin:
                 raise ValueError(
                     "without input_ids or inputs_embeds no expert can be selected: pass choice=, the experts"
                 )
-            choice = self.select(kwargs)
+            choice = self.select(kwargs, budget)
         choice = torch.as_tensor(choice, device=self.device).view(-1)
         batch = len(prompts[0]) if prompts else len(choice)
         if len(choice) != batch or not 0 <= int(choice.min()) <= int(choice.max()) < self.config.num_experts:

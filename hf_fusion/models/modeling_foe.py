@@ -18,20 +18,21 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from .assembly_foe import fill_adapters, plan_config
 from .backbones_foe import BackbonesMixin
 from .configuration_foe import FoEConfig
-from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble, fused_logits
-from .experts_foe import Backbone, pool_states, repeat_rows, take_rows
-from .frugal_foe import FrugalPolicy
+from .ensemble_foe import LEAST_PROBABILITY, FixedFuser, check_ensemble
+from .experts_foe import Backbone
+from .frugal_foe import build_policy, run_policy
 from .fused import FusedPreTrainedModel
 from .fused_calls import Calls
 from .fused_loading import explained
 from .fused_summary import Summary, described
-from .fuser_foe import Fuser
+from .fuser_foe import build_fuser
 from .generation_foe import SelectionMixin
 from .processing_foe import FoEProcessor
+from .running_foe import RunningMixin
 from .trace_foe import FoETrace
 
 
-class FoEModel(BackbonesMixin, FusedPreTrainedModel):
+class FoEModel(RunningMixin, BackbonesMixin, FusedPreTrainedModel):
     """Experts, and the fuser that combines them into one model.
 
     Build one with `from_experts`, fit it with `hf_fusion.fit_fuser`, load a published one with
@@ -63,21 +64,13 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         for index, backbone in enumerate(self.backbones):
             self.add_module(f"backbone_{index}", backbone.model)
         self._freeze_experts()
-        self.fuser: nn.Module
-        experts, labels = config.num_experts, config.num_outputs
-        if config.mode == "output":
-            inputs, outputs = experts * labels, labels
-        else:
-            widths = [expert["feature_size"] for expert in config.experts]
-            inputs = sum(widths) if config.features_from is None else widths[config.features_from]
-            outputs = experts
+        self.fuser: Any  # an `nn.Module`; all but ensembles' have `read` and `combine`
         if config.rule:
-            self.fuser = FixedFuser(experts, config.rule, config.over, config.weights)
+            self.fuser = FixedFuser(config.num_experts, config.rule, config.over, config.weights)
         else:
-            self.fuser = Fuser(inputs, config.fuser_hidden, outputs, config.fuser_dropout)
+            self.fuser = build_fuser(config)
         if config.frugal:
-            sizes = {name: config.frugal[name] for name in ("rows", "subsets", "neighbors")}
-            self.policy = FrugalPolicy(num_experts=experts, num_outputs=labels, **sizes)
+            self.policy = build_policy(config, self.fuser)
         self.record_routing = False
         self._calls = Calls()
         self._label_maps: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -231,104 +224,6 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
     def _after_loading(self, name: Any, hub: dict[str, Any]) -> None:
         self._freeze_experts()  # loading creates new parameters, all of which require gradients
 
-    # ---------------------------------------------------------------- running experts
-
-    def _label_map(self, backbone: int, device: torch.device) -> torch.Tensor:
-        """One-hot maps from the experts' labels to the fused ones, (K_b, C_b, C); cached."""
-        if (backbone, device) not in self._label_maps:
-            maps = [self.config.experts[expert]["label_map"] for expert in self._members(backbone)]
-            width = max(len(label_map) for label_map in maps)
-            onehot = torch.zeros(len(maps), width, self.config.num_outputs)
-            for index, label_map in enumerate(maps):
-                for label, fused in enumerate(label_map):
-                    if fused >= 0:
-                        onehot[index, label, fused] = 1
-            self._label_maps[backbone, device] = onehot.to(device)
-        return self._label_maps[backbone, device]
-
-    def _run_experts(
-        self, backbone: int, inputs: dict[str, Any], local: list[int], embed: bool = False, raw: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs experts of one backbone, each on one of `len(local)` groups of rows of equal size.
-
-        Returns:
-            Their outputs in the fused label space (N, C): probabilities, or scores for regression; zeros for a row
-            whose logits are not finite, so that a broken expert counts as not queried. With `raw`, logits: -inf for
-            such a row, and for labels that the expert does not know. With `embed`, also the embeddings (N, d).
-        """
-        out = self.backbones[backbone](inputs, local, **({"output_hidden_states": True} if embed else {}))
-        logits = out.logits.float().view(len(local), -1, out.logits.shape[-1])  # (G, n, C_b)
-        onehot = self._label_map(backbone, logits.device)[local]  # (G, C_b, C)
-        width = min(logits.shape[-1], onehot.shape[1])  # heads are as wide as the widest of these experts
-        logits, onehot = logits[..., :width], onehot[:, :width]
-        if self.config.problem_type != "regression":
-            widths = [len(self.config.experts[member]["label_map"]) for member in self._members(backbone)]
-            if len(set(widths)) > 1:  # a padded head: its surplus columns stand for no label
-                known = torch.tensor([widths[index] for index in local], device=logits.device)
-                surplus = torch.arange(logits.shape[-1], device=logits.device) >= known[:, None]
-                logits = logits.masked_fill(surplus[:, None], float("-inf"))
-        if raw:
-            outputs = fused_logits(logits, onehot, self.config.problem_type == "regression").flatten(0, 1)  # (N, C)
-        else:
-            logits = logits if self.config.problem_type == "regression" else logits.softmax(-1)
-            outputs = torch.bmm(logits, onehot).flatten(0, 1)
-            outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
-        return outputs, pool_states(out.hidden_states[-1], inputs.get("attention_mask")) if embed else None
-
-    def expert_outputs(
-        self,
-        inputs: Mapping[str, Any],
-        embed: bool = False,
-        experts: Sequence[int] | None = None,
-        raw: bool = False,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Runs all experts, or some of them, on every example.
-
-        Args:
-            inputs: what the processor returned.
-            embed: whether to return embeddings as well.
-            experts: indices of the experts to run; None for all.
-            raw: whether to return logits rather than probabilities.
-
-        Returns:
-            Outputs in the fused label space (B, K, C): probabilities, or scores for regression, and zeros for a row
-            whose logits are not finite. With `raw`, logits: -inf for such a row, and for labels that the expert does
-            not know. Then the embeddings, K of (B, d_k); an empty list without `embed`.
-
-        Raises:
-            ValueError: the inputs of an expert are missing.
-        """
-        selected = range(self.config.num_experts) if experts is None else experts
-        outputs: dict[int, torch.Tensor] = {}
-        embeddings: dict[int, torch.Tensor] = {}
-        for backbone in range(len(self.backbones)):
-            members = [index for index in self._members(backbone) if index in selected]
-            if not members:
-                continue
-            batch = repeat_rows(self._inputs_of(backbone, inputs), len(members))
-            local = [self._members(backbone).index(index) for index in members]
-            results, embedded = self._run_experts(backbone, batch, local, embed, raw)
-            outputs.update(zip(members, results.to(self.device).chunk(len(members))))
-            if embedded is not None:
-                embeddings.update(zip(members, embedded.to(self.device).chunk(len(members))))
-        return torch.stack([outputs[i] for i in selected], 1), [embeddings[i] for i in selected if embed]
-
-    def _query(self, inputs: Mapping[str, Any], rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, C) of expert `experts[i]` for example `rows[i]`; one pass per backbone."""
-        outputs = torch.zeros(len(rows), self.config.num_outputs, device=self.device)
-        for backbone in range(len(self.backbones)):
-            members = self._members(backbone)
-            indices = torch.isin(experts, torch.tensor(members, device=experts.device)).nonzero()[:, 0]
-            if not len(indices):
-                continue
-            indices = indices[torch.argsort(experts[indices], stable=True)]
-            chosen = [members.index(expert) for expert in experts[indices].tolist()]
-            local = [chosen[0]] if len(set(chosen)) == 1 else chosen  # one group, or one per row
-            batch = take_rows(self._inputs_of(backbone, inputs), rows[indices])
-            results, _ = self._run_experts(backbone, batch, local)
-            outputs[indices] = results.to(outputs.device)
-        return outputs
-
     # ---------------------------------------------------------------- forward
 
     def forward(
@@ -363,61 +258,71 @@ class FoEModel(BackbonesMixin, FusedPreTrainedModel):
         all_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values, **inputs}
         budget = self.config.budget if budget is None else budget
         if self.config.mode == "selection":
-            if budget is not None:
-                raise ValueError("a budget belongs to output fusion; in selection only the chosen expert predicts")
-            logits = self._select_and_predict(all_inputs)
+            logits = self._select_and_predict(all_inputs, budget)
         elif budget is None:
-            outputs, _ = self.expert_outputs(all_inputs, raw=self.reads_logits)
-            order = torch.arange(1, outputs.shape[1] + 1, device=outputs.device).expand(outputs.shape[:2])
-            logits = self._fuse(outputs, order)
+            runs = self.run_experts(
+                all_inputs, embed=self._depths if self.reads_states else None, raw=self.reads_logits
+            )
+            features = torch.cat([self.part_of(run) for run in runs], 1)
+            order = torch.arange(1, len(runs) + 1, device=features.device).expand(len(features), -1)
+            if self.config.rule:
+                logits, shown = self.fuser(features), features.view(*order.shape, -1)
+            else:
+                shown = self.fuser.read(features)
+                logits = self.fuser.combine(shown, order > 0)
+            self._record(logits, order=order, outputs=shown[..., : self.config.num_outputs])
         else:
-            outputs, order = self._run_frugally(all_inputs, budget)
-            logits = self._fuse(outputs, order)
+            shown, order = self._run_frugally(all_inputs, budget)
+            logits = self.fuser.combine(shown, order > 0)
+            self._record(logits, order=order, outputs=shown[..., : self.config.num_outputs])
         loss = None if labels is None else self._loss(logits, labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    @property
-    def reads_logits(self) -> bool:
-        """Whether the fuser takes the experts' logits rather than their probabilities."""
-        return self.config.rule is not None and self.config.over == "logits"
-
-    def _fuse(self, outputs: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """(B, K, C) outputs, zero where not queried -> (B, C) logits."""
-        logits = self.fuser(outputs.flatten(1))
-        self._record(logits, order=order, outputs=outputs)
-        return logits
-
-    def _run_frugally(self, inputs: Mapping[str, Any], budget: float) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.frugal is None:
-            raise ValueError("this model was fitted without frugal=True, so it cannot keep to a budget")
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget is {budget}; it is a share of the experts' cost in (0, 1]")
+    def _run_frugally(
+        self, inputs: Mapping[str, Any], budget: float, outputs: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the queried experts show and their order, see `FrugalPolicy.run`; fills in `outputs` (B, K, C)."""
         batch = len(next(value for value in inputs.values() if torch.is_tensor(value)))
-        return self.policy.run(
-            lambda rows, experts: self._query(inputs, rows, experts),
-            batch,
-            torch.tensor(self.config.cost_shares),
-            self.config.frugal["cost_weight"],
-            budget,
-        )
 
-    def _select_and_predict(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        def query(rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+            run = self._query(inputs, rows, experts, show=True)
+            if outputs is not None:
+                outputs[rows, experts] = run.outputs
+            assert run.shown is not None
+            return run.shown
+
+        return run_policy(getattr(self, "policy", None), self.config, self.fuser, query, batch, budget)
+
+    def _select_and_predict(self, inputs: Mapping[str, Any], budget: float | None) -> torch.Tensor:
         """Logits of the expert that the fuser chooses for each example, (B, C)."""
-        source = self.config.features_from
-        outputs, embeddings = self.expert_outputs(inputs, embed=True, experts=None if source is None else [source])
-        scores = self.fuser(torch.cat(embeddings, 1))  # (B, K)
+        source, count = self.config.features_from, self.config.num_experts
+        if budget is not None:
+            batch = len(next(value for value in inputs.values() if torch.is_tensor(value)))
+            outputs = torch.zeros(batch, count, self.config.num_outputs, device=self.device)
+            shown, order = self._run_frugally(inputs, budget, outputs)
+            scores, has_run = self.fuser.combine(shown, order > 0), order > 0
+        else:
+            read = range(count) if source is None else [source]
+            runs = self.run_experts(inputs, read, embed=self._depths, raw=self.reads_logits)
+            scores = self.fuser(torch.cat([self.part_of(run) for run in runs], 1))  # (B, K)
+            outputs = torch.zeros(len(scores), count, self.config.num_outputs, device=self.device)
+            has_run = torch.zeros_like(scores, dtype=torch.bool)
+            for expert, run in zip(read, runs, strict=True):
+                outputs[:, expert], has_run[:, expert] = run.outputs, True
+            order = torch.zeros_like(scores, dtype=torch.long)
         choice = scores.argmax(1)
         rows = torch.arange(len(choice), device=choice.device)
-        if source is None:
-            predictions = outputs[rows, choice]
-        else:  # the source expert has run already; run the others on the examples that they were chosen for
-            predictions = outputs[:, 0].clone()
-            others = rows[choice != source]
-            if len(others):
-                predictions[others] = self._query(inputs, others, choice[others])
-        order = nn.functional.one_hot(choice, self.config.num_experts)
+        predictions = outputs[rows, choice]
+        missing = rows[~has_run[rows, choice]]
+        if len(missing):  # experts that did not run to choose by
+            predictions[missing] = self._query(inputs, missing, choice[missing]).outputs
+        if budget is None:
+            order = nn.functional.one_hot(choice, count)
+        else:
+            order = order.clone()
+            order[missing, choice[missing]] = order[missing].amax(1) + 1
         self._record(predictions, order=order, scores=scores)
         if self.config.problem_type == "regression":
             return predictions

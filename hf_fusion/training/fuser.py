@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import datasets
 import torch
@@ -14,24 +15,27 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_fusion.errors import FusionError
-from hf_fusion.models.frugal_foe import FrugalPolicy, candidate_subsets
 from hf_fusion.models.fused_html import facts_table
+from hf_fusion.models.fuser_foe import FUSERS, build_fuser
 from hf_fusion.progress import phase
 from hf_fusion.training.callbacks import set_progress
 from hf_fusion.training.costs import measure_latency, set_costs
-from hf_fusion.training.outputs import ExpertOutputs, collect_outputs
+from hf_fusion.training.frugal import Points, fit_frugal, out_of_fold, points_of
+from hf_fusion.training.fuser_choice import Candidate, GatedFit, Scored, candidates, configure, cross_validate, folds
+from hf_fusion.training.gated_fit import Design
+from hf_fusion.training.outputs import ExpertOutputs, collect_outputs, features_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState
 
-    from hf_fusion.models.fuser_foe import Fuser
     from hf_fusion.models.modeling_foe import FoEModel
 
 logger = logging.getLogger(__name__)
 
 FULL_SHARE = 0.5  # share of training rows without expert dropout, in training for the frugal variant
-COST_WEIGHTS = (0.0, *(2.0 ** (power / 2) for power in range(-16, 11)))  # candidate lambdas for the default
-MAX_VALIDATION_POINTS = 1500  # stored in a frugal model, for its nearest-neighbour search
+# what "auto" chooses among, the simplest first
+AUTO = {"output": ("stacking", "gating", "gated-stacking", "mlp"), "selection": ("gating", "mlp")}
+SUBSETS = 2  # for the frugal variant: how often a gated fuser sees each row once more, with experts left out at random
 
 
 @dataclass
@@ -39,35 +43,41 @@ class Fit:
     """The report of `fit_fuser`.
 
     Attributes:
-        train_rows: size of the training split.
-        held_out_rows: size of the validation split.
+        fuser: kind of the fuser that was kept.
+        train_rows: rows that it was fitted on.
+        held_out_rows: size of the validation split; 0 where cross-validation stands for it.
         loss: validation loss of the fuser that was kept.
         accuracy: its validation accuracy (in selection mode, of choosing the expert); None for regression.
         cost_weight: lambda of the frugal variant, or None.
         missing_labels: fused labels without a training row, which the fuser cannot have learned.
+        compared: what each fuser scored in cross-validation; empty if there was nothing to choose.
     """
 
+    fuser: str
     train_rows: int
     held_out_rows: int
     loss: float
     accuracy: float | None
     cost_weight: float | None
     missing_labels: list[str]
+    compared: list[Scored] = field(default_factory=list)
 
     def _repr_html_(self) -> str:
-        return facts_table(vars(self))
+        scores = {f"{each.name}": f"loss {each.loss:.3f}, accuracy {each.accuracy:.1%}" for each in self.compared}
+        return facts_table({**{name: value for name, value in vars(self).items() if name != "compared"}, **scores})
 
 
 def fit_fuser(
     model: PreTrainedModel,
     dataset: datasets.Dataset,
     *,
+    fuser: str = "auto",
     by: str = "domain",
     frugal: bool = False,
     neighbors: int = 10,
     cost_weight: float | None = None,
     costs: Sequence[float] | str | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = 0.005,
     holdout: float = 0.25,
     epochs: int = 60,
     patience: int = 6,
@@ -81,23 +91,37 @@ def fit_fuser(
 ) -> Fit:
     """Fits the fuser of `model` in place; the experts are frozen and run once (their outputs are cached).
 
-    AdamW with a cosine schedule, as in the paper (arXiv 2310.01542), with early stopping on the validation loss. Runs
-    on transformers' Trainer, so `accelerate launch` distributes it. The same seed gives the same weights.
+    The kind of fuser is chosen by 3-fold cross-validation on the rows: the simplest whose loss is within one standard
+    error of the lowest. The kinds, the simplest first:
+
+    ================  ==================================================================================================
+    "stacking"        logistic regression on the experts' log-probabilities (Wolpert 1992)
+    "gating"          the mixture of the experts' calibrated probabilities, with weights that read their middle layers;
+                      in selection, the weights alone
+    "gated-stacking"  the same, and evidence for each label from the same layers and log-probabilities
+    "mlp"             the paper's (arXiv 2310.01542): probabilities, in selection embeddings, through an MLP
+    "attention"       the mixture, with weights by attention between the experts; is not tried unless named
+    ================  ==================================================================================================
+
+    The first three are fitted by L-BFGS, the last two by AdamW with a cosine schedule and early stopping on the
+    validation loss, on transformers' Trainer, so `accelerate launch` distributes it. The same seed gives the same
+    weights.
 
     Args:
         model: a FoE from `FoEModel.from_experts`.
         dataset: labelled examples, see `collect_outputs`.
+        fuser: one of these kinds, or "auto". Regressors have "mlp" alone.
         by: in selection mode, the target expert of an example: "domain" (column `expert_column`) or "loss" (the
             expert with the lowest loss on it).
         frugal: also train the fuser on subsets of the experts, and store validation points in the model, from which
-            it decides at inference which experts to query.
+            it decides at inference which experts to query; in selection, by whose embeddings it chooses.
         neighbors: kappa of the frugal variant, the number of nearest neighbours.
-        cost_weight: lambda of the frugal variant; default: the largest for which the mean probability of the true
-            label on the validation split is at most `tolerance` below that of querying every expert.
+        cost_weight: lambda of the frugal variant; default: the largest for which accuracy and mean probability of
+            the true label on validation points are at most `tolerance` below those of querying every expert.
         costs: query costs, one per expert in any unit, or "latency" to measure seconds; default: those in the
             model's config (parameter counts).
         tolerance: see `cost_weight`.
-        holdout: share of the rows in the validation split.
+        holdout: share of the rows in the validation split, for early stopping and the frugal variant.
         epochs: maximum number of epochs.
         patience: epochs without a lower validation loss after which training stops.
         learning_rate: default 1e-3, as in the paper; 3e-4 in selection mode, where features are many and rows few.
@@ -112,13 +136,12 @@ def fit_fuser(
         Sizes of the splits and validation metrics.
 
     Raises:
-        FusionError: for data that is empty, unlabelled or too small to split, or a model without a fuser.
+        FusionError: for data that is empty, unlabelled or too small to split, an unknown fuser, or a model without one.
     """
     if not has_fuser(model):
         raise FusionError(f"{type(model).__name__} has no fuser to fit", hint="it is ready as it is: hf-fusion eval")
     selection = model.config.mode == "selection"
-    if frugal and selection:
-        raise FusionError("frugal=True belongs to output fusion; in selection only the chosen expert answers")
+    kinds = _kinds(model, fuser, frugal)
     if by not in ("domain", "loss"):
         raise FusionError(f"by={by!r} must be 'domain' or 'loss'")
     if costs is not None:
@@ -142,33 +165,32 @@ def fit_fuser(
     targets = _selection_targets(collected, by) if selection else collected.labels
     assert targets is not None  # the column was checked above
     regression = model.config.problem_type == "regression" and not selection
-    set_seed(seed)
-    current = cast("Fuser", model.fuser)  # not a `FixedFuser`, which has no parameters
-    fuser = type(current)(
-        collected.features.shape[1],
-        model.config.fuser_hidden,
-        current.output.out_features,
-        model.config.fuser_dropout,
-    )
-    loss, train_rows, held_rows = train_fuser(
-        fuser,
-        collected.features,
-        targets,
-        experts=model.config.num_experts if frugal else 0,
-        holdout=holdout,
-        epochs=epochs,
-        patience=patience,
-        learning_rate=learning_rate or (3e-4 if selection else 1e-3),
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        seed=seed,
-        use_cpu=model.device.type == "cpu",
-    )
-    with torch.no_grad():
-        correct = fuser(collected.features[held_rows]).argmax(1) == targets[held_rows]
-    model.fuser.load_state_dict(fuser.state_dict())
+    options = {
+        "holdout": holdout,
+        "epochs": epochs,
+        "patience": patience,
+        "learning_rate": learning_rate or (3e-4 if selection else 1e-3),
+        "weight_decay": weight_decay,
+        "batch_size": batch_size,
+        "seed": seed,
+        "use_cpu": model.device.type == "cpu",
+    }
+    fits = _Fits(model, collected, targets, frugal, options)
+    tried, compared = candidates(kinds), list[Scored]()
+    chosen = tried[0]
+    if len(tried) > 1:
+        chosen, compared = cross_validate(tried, len(targets), targets, fits.scores, seed)
+    fitted, loss, train_rows, held_rows, points = fits.fit(chosen)
+    configure(model.config, chosen.kind, collected)
+    if points is None:  # only its loss and accuracy are reported
+        loss, accuracy = next((each.loss, each.accuracy) for each in compared if each.name == str(chosen))
+    else:
+        accuracy = float((points.scores.argmax(1) == points.targets).float().mean())
+    model.fuser = fitted.to(model.device, model.dtype)
     model.config.fitted = True
+    model.config.frugal = None
     model.eval()
+    regression = targets.is_floating_point()
     seen = set(targets[train_rows].tolist()) if not regression else set()
     names = [e["name"] for e in model.config.experts] if selection else list((model.config.id2label or {}).values())
     missing = [] if regression else [name for index, name in enumerate(names) if index not in seen]
@@ -176,15 +198,134 @@ def fit_fuser(
         logger.warning("no training row is labelled %s: the fuser cannot learn to predict it", ", ".join(missing))
     if frugal:
         with phase("Fitting the frugal variant"):
-            cost_weight = _fit_frugal(model, fuser, collected, held_rows, neighbors, cost_weight, tolerance)
+            assert points is not None  # of a frugal fit
+            cost_weight = fit_frugal(model, copy.deepcopy(fitted).cpu(), points, neighbors, cost_weight, tolerance)
     return Fit(
+        fuser=chosen.kind,
         train_rows=len(train_rows),
         held_out_rows=len(held_rows),
         loss=loss,
-        accuracy=None if regression else float(correct.float().mean()),
+        accuracy=None if regression else accuracy,
         cost_weight=cost_weight if frugal else None,
         missing_labels=missing,
+        compared=compared,
     )
+
+
+def _kinds(model: FoEModel, fuser: str, frugal: bool) -> Sequence[str]:
+    """The kinds of fuser that are tried.
+
+    Raises:
+        FusionError: the fuser is unknown, or does not go with the model.
+    """
+    config = model.config
+    if fuser not in ("auto", *FUSERS):
+        raise FusionError(f"fuser={fuser!r} must be 'auto' or one of {', '.join(FUSERS)}")
+    if config.mode == "selection" and frugal:
+        if fuser == "mlp":
+            raise FusionError("in selection, the fuser 'mlp' needs the embeddings of all experts", "fuser='gating'")
+        if config.features_from is not None:
+            raise FusionError("with features_from one expert is read, so frugal=True has nothing to leave out")
+    if config.problem_type == "regression" and config.mode == "output":
+        if fuser not in ("auto", "mlp"):
+            raise FusionError(f"the fuser {fuser!r} fuses classifiers; regressors are fused by 'mlp'")
+        return ["mlp"]
+    if config.mode == "selection" and fuser in ("stacking", "gated-stacking"):
+        raise FusionError(f"the fuser {fuser!r} predicts labels; in selection, choose 'gating'")
+    if fuser != "auto":
+        return [fuser]
+    return [kind for kind in AUTO[config.mode] if kind != "mlp" or not (frugal and config.mode == "selection")]
+
+
+class _Fits:
+    """Fits fusers on rows of one data set."""
+
+    def __init__(
+        self, model: FoEModel, collected: ExpertOutputs, targets: torch.Tensor, frugal: bool, options: Mapping[str, Any]
+    ) -> None:
+        self.model, self.collected, self.targets, self.frugal, self.options = model, collected, targets, frugal, options
+        self._gated: dict[str, GatedFit] = {}
+        self._features: dict[str, torch.Tensor] = {}
+        self._designs: dict[Any, Design] = {}
+
+    def _prepared(self, kind: str) -> tuple[Any, torch.Tensor]:
+        """A config for a kind of fuser, and the fuser's inputs."""
+        config = copy.deepcopy(self.model.config)
+        configure(config, kind, self.collected)
+        if kind not in self._features:
+            self._features[kind] = features_of(self.model, self.collected, config)
+        return config, self._features[kind]
+
+    def _gated_fit(self, kind: str) -> GatedFit:
+        if kind not in self._gated:
+            self._gated[kind] = GatedFit(self._prepared(kind)[0], self.collected, self.targets, self.options["seed"])
+        return self._gated[kind]
+
+    def _design(self, kind: str, rows: torch.Tensor) -> Design:
+        """Features of some rows, which several kinds of fuser read."""
+        gated = self._gated_fit(kind)
+        key = (tuple(part.shape[1] for part in gated.parts), *rows.tolist())
+        if key not in self._designs:
+            self._designs[key] = gated.design(rows)
+        return self._designs[key]
+
+    def _trained(self, kind: str, rows: torch.Tensor) -> tuple[Any, float, torch.Tensor, torch.Tensor]:
+        """A fuser that is trained by AdamW on some rows, its validation loss, and the rows of both splits."""
+        config, features = self._prepared(kind)
+        set_seed(self.options["seed"])
+        fuser = build_fuser(config)
+        experts = config.num_experts if self.frugal else 0
+        loss, train, held = train_fuser(fuser, features[rows], self.targets[rows], experts=experts, **self.options)
+        return fuser, loss, rows[train], rows[held]
+
+    @torch.no_grad()
+    def scores(self, candidate: Candidate, rows: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Scores of some rows, by a fuser that was fitted on others."""
+        with torch.enable_grad():
+            if candidate.penalty is None:
+                fuser = self._trained(candidate.kind, rows)[0]
+            else:
+                gated = self._gated_fit(candidate.kind)
+                fuser = gated.fit(candidate.penalty, self._design(candidate.kind, rows), rows)
+        found: torch.Tensor = fuser(self._prepared(candidate.kind)[1][held])
+        return found
+
+    def fit(self, candidate: Candidate) -> tuple[Any, float, torch.Tensor, torch.Tensor, Points | None]:
+        """The fuser that is kept, its validation loss (NaN: unknown), rows of both splits, and validation points."""
+        every, experts = torch.arange(len(self.targets)), self.model.config.num_experts
+        features = self._prepared(candidate.kind)[1]
+        if candidate.penalty is None:
+            fuser, loss, train, held = self._trained(candidate.kind, every)
+            return fuser, loss, train, held, points_of(fuser, features[held], self.targets[held], experts, self.frugal)
+        gated, points = self._gated_fit(candidate.kind), None
+        subsets = SUBSETS if self.frugal else 0
+        final = gated.fit(candidate.penalty, gated.design(every, subsets), every)
+        if self.frugal:
+            parts = []
+            for held in folds(len(every), self.options["seed"]):
+                rows = every[~torch.isin(every, held)]
+                fuser = gated.fit(candidate.penalty, gated.design(rows, subsets), rows)
+                parts.append((fuser, points_of(fuser, features[held], self.targets[held], experts)))
+            points = out_of_fold(final, parts, self.options["seed"])
+        return final, float("nan"), every, every[:0], points
+
+
+def split(count: int, holdout: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row indices of the validation split and of the training split.
+
+    Args:
+        count: N.
+        holdout: see `fit_fuser`.
+        seed: see `fit_fuser`.
+
+    Raises:
+        FusionError: there are too few rows.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(holdout * count))
+    if count - held < 1:
+        raise FusionError(f"{count} examples are too few to fit a fuser on and hold some out; give it more")
+    return order[:held], order[held:]
 
 
 def has_fuser(model: PreTrainedModel) -> TypeGuard[FoEModel]:
@@ -193,7 +334,7 @@ def has_fuser(model: PreTrainedModel) -> TypeGuard[FoEModel]:
 
 
 def train_fuser(
-    fuser: Fuser,
+    fuser: Any,
     features: torch.Tensor,
     targets: torch.Tensor,
     *,
@@ -229,11 +370,7 @@ def train_fuser(
     Raises:
         FusionError: for too few rows, or a loss that is not finite.
     """
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-    held = max(1, round(holdout * len(features)))
-    if len(features) - held < 1:
-        raise FusionError(f"{len(features)} examples are too few to fit a fuser on and hold some out; give it more")
-    held_rows, train_rows = order[:held], order[held:]
+    held_rows, train_rows = split(len(features), holdout, seed)
     task = _FuserTask(fuser, experts, targets.is_floating_point())
     if task.regression:  # initial predictions are the mean target, whatever its scale
         nn.init.constant_(fuser.output.bias, float(targets[train_rows].mean()))
@@ -290,28 +427,28 @@ class _FuserTask(nn.Module):
     one fuser stands for the f_S of every subset S.
     """
 
-    def __init__(self, fuser: nn.Module, experts: int, regression: bool) -> None:
+    def __init__(self, fuser: Any, experts: int, regression: bool) -> None:
         super().__init__()
         self.fuser, self.experts, self.regression = fuser, experts, regression
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.training and self.experts:
-            features = features * self._random_subsets(len(features), features).repeat_interleave(
-                features.shape[1] // self.experts, 1
-            )
-        logits = self.fuser(features)
+            queried = self._random_subsets(len(features), features.device)
+            logits = self.fuser.combine(self.fuser.read(features), queried)
+        else:
+            logits = self.fuser(features)
         if self.regression:
             loss = nn.functional.mse_loss(logits.squeeze(-1), labels)
         else:
             loss = nn.functional.cross_entropy(logits, labels)
         return {"loss": loss, "logits": logits}
 
-    def _random_subsets(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """Masks (rows, K) of 0 and 1: all experts for `FULL_SHARE` of the rows, else a subset of random size."""
-        size = torch.randint(1, self.experts + 1, (rows, 1), device=like.device)
-        rank = torch.rand(rows, self.experts, device=like.device).argsort(1).argsort(1)
-        full = torch.rand(rows, 1, device=like.device) < FULL_SHARE
-        return ((rank < size) | full).to(like.dtype)
+    def _random_subsets(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Masks (rows, K): all experts for `FULL_SHARE` of the rows, else a subset of random size."""
+        size = torch.randint(1, self.experts + 1, (rows, 1), device=device)
+        rank = torch.rand(rows, self.experts, device=device).argsort(1).argsort(1)
+        full = torch.rand(rows, 1, device=device) < FULL_SHARE
+        return (rank < size) | full
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -351,95 +488,3 @@ class _EarlyStopping(TrainerCallback):
             self.loss, self.epochs_since_best = metrics["eval_loss"], 0
             self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         control.should_training_stop = self.epochs_since_best >= self.patience
-
-
-@torch.no_grad()
-def _fit_frugal(
-    model: FoEModel,
-    fuser: nn.Module,
-    collected: ExpertOutputs,
-    held_rows: torch.Tensor,
-    neighbors: int,
-    cost_weight: float | None,
-    tolerance: float,
-) -> float:
-    """Stores validation points in the model, with the loss of every subset of experts on them; returns lambda."""
-    rows = held_rows[:MAX_VALIDATION_POINTS]
-    assert collected.outputs is not None and collected.labels is not None  # checked by fit_fuser
-    outputs, labels = collected.outputs[rows], collected.labels[rows]
-    subsets = candidate_subsets(model.config.num_experts)
-    policy = FrugalPolicy(len(rows), outputs.shape[1], outputs.shape[2], len(subsets), neighbors)
-    policy.outputs.copy_(outputs)
-    policy.subsets.copy_(subsets)
-    regression = model.config.problem_type == "regression"
-    for index, subset in enumerate(subsets):
-        logits = fuser((outputs * subset[:, None]).flatten(1))
-        policy.losses[index] = (
-            (logits.squeeze(-1) - labels).square()
-            if regression
-            else nn.functional.cross_entropy(logits, labels, reduction="none")
-        )
-    costs = torch.tensor(model.config.cost_shares)
-    if cost_weight is None:
-        cost_weight = 0.0 if regression else _largest_cost_weight(policy, fuser, costs, labels, tolerance)
-    model.config.frugal = {
-        "neighbors": policy.neighbors,
-        "cost_weight": cost_weight,
-        "rows": len(rows),
-        "subsets": len(subsets),
-    }
-    model.policy = policy.to(model.device)
-    return cost_weight
-
-
-def _largest_cost_weight(
-    policy: FrugalPolicy, fuser: nn.Module, costs: torch.Tensor, labels: torch.Tensor, tolerance: float
-) -> float:
-    """The largest candidate lambda that lowers the mean probability of the true label by at most `tolerance`.
-
-    Probability, not accuracy: with a few hundred rows, accuracy changes in steps as large as the tolerance.
-    """
-
-    def mean_probability(outputs: torch.Tensor) -> float:
-        probabilities = fuser(outputs.flatten(1)).softmax(1)
-        return float(probabilities[torch.arange(len(labels)), labels].mean())
-
-    least = mean_probability(policy.outputs) - tolerance
-    best = 0.0
-    for weight in COST_WEIGHTS:
-        outputs, _ = replay(policy, policy.outputs, costs, weight, leave_one_out=True)
-        if mean_probability(outputs) >= least:
-            best = weight
-    return best
-
-
-def replay(
-    policy: FrugalPolicy,
-    outputs: torch.Tensor,
-    costs: torch.Tensor,
-    cost_weight: float,
-    budget: float = 1.0,
-    leave_one_out: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Simulates frugal querying on precomputed expert outputs, without running a model.
-
-    Args:
-        policy: of the frugal variant.
-        outputs: (N, K, C) of all experts.
-        costs: (K,), shares of the total cost.
-        cost_weight: lambda.
-        budget: maximum share of the total cost per example.
-        leave_one_out: whether the examples are the policy's validation points: each is then excluded from its own
-            neighbours.
-
-    Returns:
-        See `FrugalPolicy.run`: the queried outputs (N, K, C), and the order of the queries (N, K).
-    """
-    return policy.run(
-        lambda rows, experts: outputs[rows, experts],
-        len(outputs),
-        costs,
-        cost_weight,
-        budget,
-        torch.arange(len(outputs)) if leave_one_out else None,
-    )

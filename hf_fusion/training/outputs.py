@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -16,13 +16,17 @@ from hf_fusion.errors import FusionError
 from hf_fusion.io.cache import cache_folder
 from hf_fusion.io.picture_rows import with_pictures
 from hf_fusion.models.assembly_foe import normalise
+from hf_fusion.models.running_foe import fuse_outputs, label_map_matrix
 from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_fusion.models.configuration_foe import FoEConfig
     from hf_fusion.models.modeling_foe import FoEForGeneration, FoEModel
 
+# of embeddings, see `FoEConfig.feature_depths`: middle layers know best what an input is about, "mlp" reads the last
+DEPTHS = (1 / 3, 2 / 3, 1.0)
 # data set column -> the processor's argument
 INPUT_COLUMNS = {"text": "text", "prompt": "text", "text_pair": "text_pair", "image": "images"}
 
@@ -32,8 +36,10 @@ class ExpertOutputs:
     """The training data of a fuser, for N examples and K experts.
 
     Attributes:
-        features: inputs of the fuser, (N, K * C) outputs or (N, Σd) embeddings.
+        features: inputs of the model's fuser, (N, F).
         outputs: the experts' outputs in the fused label space, (N, K, C); None for language models.
+        logits: the same before the softmax, -inf for labels that an expert does not know; None for language models.
+        embeddings: (expert, depth) -> (N, d_k), see `FoEConfig.feature_depths`.
         labels: fused class index (or regression target) of each example, (N,); None for unlabelled data.
         experts: index of the expert whose domain each example belongs to, (N,); None if the data does not name it.
         losses: loss of each expert on each example, (N, K); None unless requested.
@@ -41,12 +47,27 @@ class ExpertOutputs:
 
     features: torch.Tensor
     outputs: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    embeddings: dict[tuple[int, float], torch.Tensor] = field(default_factory=dict)
     labels: torch.Tensor | None = None
     experts: torch.Tensor | None = None
     losses: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def parts(self, depths: Sequence[float], experts: Sequence[int]) -> list[torch.Tensor]:
+        """What fusers other than "mlp" read of each expert: logits, if there are any, and embedding (N, C + d_k).
+
+        Args:
+            depths: of the embedding; empty for none.
+            experts: their indices.
+        """
+        found = []
+        for expert in experts:
+            logits = [] if self.logits is None else [self.logits[:, expert]]
+            found.append(torch.cat([*logits, *(self.embeddings[expert, depth] for depth in depths)], 1))
+        return found
 
 
 def collect_outputs(
@@ -80,36 +101,87 @@ def collect_outputs(
     rows = _run_cached(runner, dataset, columns, batch_size)
     count, device = len(dataset), "cpu"
     tensors = {name: torch.tensor(rows[name], device=device).view(count, -1) for name in rows}
-    outputs = tensors["outputs"].view(count, model.config.num_experts, -1) if "outputs" in tensors else None
-    if "features" in tensors and not model.config.vocabularies and model.config.features_from is not None:
-        sizes = [expert["feature_size"] for expert in model.config.experts]
-        tensors["features"] = tensors["features"].split(sizes, 1)[model.config.features_from]
-    return ExpertOutputs(
-        features=tensors["features"] if "features" in tensors else tensors["outputs"],
+    outputs, logits = (None, None) if model.config.vocabularies else _fused(model, tensors)
+    embeddings = {
+        (expert, depth): tensors[_column(expert, depth)] for expert in runner.read for depth in depths_of(model)
+    }
+    collected = ExpertOutputs(
+        features=torch.empty(count, 0),
         outputs=outputs,
+        logits=logits,
+        embeddings=embeddings,
         labels=labels,
         experts=experts,
         losses=tensors.get("losses"),
     )
+    collected.features = features_of(model, collected)
+    return collected
+
+
+def _fused(model: FoEModel, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and logits in the fused label space, (N, K, C) each."""
+    found = []
+    for index, expert in enumerate(model.config.experts):
+        onehot = label_map_matrix([expert["label_map"]], model.config.num_outputs)
+        head = tensors[f"logits_{index}"][None].float()
+        found.append(fuse_outputs(head, onehot, model.config.problem_type == "regression", raw=True))
+    outputs, logits = (torch.cat([pair[part] for pair in found if pair[part] is not None]) for part in (0, 1))
+    return outputs.transpose(0, 1), logits.transpose(0, 1)
+
+
+def features_of(model: FoEModel, collected: ExpertOutputs, config: FoEConfig | None = None) -> torch.Tensor:
+    """Inputs of a model's fuser, (N, F).
+
+    Args:
+        model: a FoE.
+        collected: what its experts gave.
+        config: with another fuser than the model's.
+    """
+    config = config or model.config
+    source = config.features_from
+    experts = range(config.num_experts) if source is None else [source]
+    depths = (config.feature_depths or [1.0]) if config.mode == "selection" or config.reads_embeddings else []
+    if config.rule is None and config.fuser != "mlp":
+        return torch.cat(collected.parts(depths, experts), 1)
+    if config.mode == "selection":
+        return torch.cat([collected.embeddings[expert, depth] for expert in experts for depth in depths], 1)
+    reads_logits = config.rule is not None and config.over == "logits"
+    outputs = collected.logits if reads_logits else collected.outputs
+    assert outputs is not None  # of classifiers
+    return outputs.flatten(1)
+
+
+def depths_of(model: FoEModel) -> list[float]:
+    """Depths at which embeddings are collected: those that fusers choose among, and the model's."""
+    return sorted({*DEPTHS, *(model.config.feature_depths or [])})
+
+
+def _column(expert: int, depth: float) -> str:
+    return f"embedding_{expert}_{depth}"
 
 
 class _ClassifierRunner:
-    """Outputs of classifiers and regressors; in selection mode also embeddings."""
+    """Logits of the heads and embeddings of classifiers and regressors, whatever the labels are mapped to."""
 
     def __init__(self, model: FoEModel) -> None:
         self.model = model
         self.columns: tuple[str, ...] = ()
+        self.read: Sequence[int] = range(model.config.num_experts)
 
     def __call__(self, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, Any]:
-        selection = self.model.config.mode == "selection"
-        inputs = prepare(self.model, batch, columns)
-        outputs, embeddings = self.model.expert_outputs(inputs, embed=selection)
-        result = {"outputs": outputs.flatten(1).float().cpu().numpy()}
-        if self.model.reads_logits:
-            result["features"] = self.model.expert_outputs(inputs, raw=True)[0].flatten(1).float().cpu().numpy()
-        if selection:
-            result["features"] = torch.cat(embeddings, 1).float().cpu().numpy()
-        return result
+        inputs, depths = prepare(self.model, batch, columns), depths_of(self.model)
+        runs = self.model.run_experts(inputs, embed=depths, raw=True)
+        found: dict[str, torch.Tensor] = {}
+        for expert, run in enumerate(runs):
+            assert run.head is not None and run.embedding is not None  # asked for
+            labels = len(self.model.config.experts[expert]["label_map"])
+            found |= {f"logits_{expert}": run.head[:, :labels], **_by_depth(expert, depths, run.embedding)}
+        return {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
+
+
+def _by_depth(expert: int, depths: Sequence[float], embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Columns of an expert's embeddings, one for each depth; all are equally wide."""
+    return {_column(expert, depth): part for depth, part in zip(depths, embedding.chunk(len(depths), 1), strict=True)}
 
 
 class _GenerationRunner:
@@ -122,10 +194,14 @@ class _GenerationRunner:
                 "fit with the domain of each example: a column 'expert', and by='domain'",
             )
         self.model, self.columns = model, (("target",) if losses else ())
+        source = model.config.features_from
+        self.read: Sequence[int] = range(model.config.num_experts) if source is None else [source]
 
     def __call__(self, batch: Mapping[str, list[Any]], columns: Mapping[str, str]) -> dict[str, Any]:
-        inputs = prepare(self.model, batch, columns)
-        result = {"features": self.model.prompt_embeddings(inputs).float().cpu().numpy()}
+        inputs, depths = prepare(self.model, batch, columns), depths_of(self.model)
+        result: dict[str, Any] = {}
+        for expert, embedding in zip(self.read, self.model.embeddings(inputs, self.read, depths), strict=True):
+            result |= {n: e.float().cpu().numpy() for n, e in _by_depth(expert, depths, embedding).items()}
         if self.columns:
             prompts = batch[next(iter(columns))]
             result["losses"] = self._losses(prompts, batch["target"]).cpu().numpy()
@@ -248,8 +324,8 @@ def _fingerprint(model: FoEModel) -> str:
     """Hash of the experts' weights and of the settings that affect their outputs."""
     config = model.config
     source = config.features_from if config.vocabularies else None  # classifiers: all embeddings are cached
-    reads = "logits" if config.rule and model.reads_logits else ""
-    digest = xxhash.xxh64(f"{config.experts}{config.backbones}{config.mode}{source}{reads}{model.dtype}".encode())
+    members = [(expert["name"], expert["revision"], expert["backbone"], expert["labels"]) for expert in config.experts]
+    digest = xxhash.xxh64(f"{members}{config.backbones}{source}{depths_of(model)}{model.dtype}".encode())
     for tensor in chain.from_iterable(backbone.model.state_dict().values() for backbone in model.backbones):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -79,7 +79,7 @@ ERRORS = {
     "fit fuser foe --data rows.csv --label-column kind": "but no kind",
     "fit fuser selection --data rows.csv": "but no expert",
     "fit fuser selection --data rows.csv --by loss": "but no target",
-    "fit fuser selection --data rows.csv --frugal": "--frugal does not apply to the mode selection",
+    "fit fuser selection --data rows.csv --frugal --fuser mlp": "needs another fuser than mlp",
     "fit gates adapter --data rows.csv": "but no prompt and no target",
     "fit gates me/adapter --data gone.csv --push": "gone.csv does not exist",
     "fit gates ./gone --data rows.csv --output gates": "there is no folder ./gone",

@@ -79,20 +79,20 @@ def labelled(owned: bool = False) -> Dataset:
 
 def foe_output() -> Any:
     model: Any = FoEModel.from_experts(classifiers(), costs=[1.0, 3.0, 2.0])
-    fit_fuser(model, labelled(), epochs=3, frugal=True)
+    fit_fuser(model, labelled(), fuser="mlp", epochs=3, frugal=True, cost_weight=32.0)
     return evaluate(model, labelled(), name="words", batch_size=5)
 
 
 def foe_selection() -> Any:
     model: Any = FoEModel.from_experts(classifiers(), mode="selection", features_from=1, costs=[1.0, 3.0, 2.0])
-    fit_fuser(model, labelled(owned=True), by="domain", epochs=3)
+    fit_fuser(model, labelled(owned=True), fuser="mlp", by="domain", epochs=3)
     return evaluate(model, labelled(owned=True), name="words")
 
 
 def foe_regression() -> Any:
     model: Any = FoEModel.from_experts(classifiers(problem_type="regression"))
     rows = Dataset.from_dict({"text": MANY, "label": [number * 5 % 7 / 7 for number in range(len(MANY))]})
-    fit_fuser(model, rows, epochs=3)
+    fit_fuser(model, rows, fuser="mlp", epochs=3)
     return evaluate(model, rows, name="words")
 
 

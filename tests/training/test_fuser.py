@@ -9,59 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from tiny import make_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from tiny_halves import LABELS, Halves
 
-from hf_fusion import Expert, FoEModel, FusionError, fit_fuser
+from hf_fusion import FoEModel, FusionError, fit_fuser
 from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble, oracle_expert
 from hf_fusion.evaluation.evaluate import evaluate
 from hf_fusion.evaluation.intervals import wilson
 from hf_fusion.evaluation.results import Results
 from hf_fusion.progress import Phase, reporting
 from hf_fusion.training.outputs import collect_outputs
-
-LABELS = ["zero", "one", "two", "three"]
-
-
-class Halves:
-    """Two experts that each really know two of four classes, because they were trained on them."""
-
-    def __init__(self) -> None:
-        self.tokenizer = make_tokenizer()
-        words = ["fox dog", "gate router", "nine stitch", "model experts"]
-        torch.manual_seed(0)
-        noise = torch.randint(3, 250, (600,)).tolist()
-        rows = [(f"{words[i % 4]} {self.tokenizer.decode([noise[i]])}", i % 4) for i in range(600)]
-        self.data = datasets.Dataset.from_dict({"text": [r[0] for r in rows], "label": [LABELS[r[1]] for r in rows]})
-        self.experts = [
-            self._expert(f"me/{'-'.join(LABELS[c] for c in known)}", rows, known) for known in [(0, 1), (2, 3)]
-        ]
-
-    def _expert(self, name: str, rows: list, known: tuple[int, int]) -> Expert:
-        torch.manual_seed(known[0])
-        labels = [LABELS[c] for c in known]
-        config = BertConfig(
-            vocab_size=300,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
-        model = BertForSequenceClassification(config)
-        mine = [row for row in rows[:200] if row[1] in known]
-        inputs = self.tokenizer([row[0] for row in mine], padding=True, return_tensors="pt")
-        targets = torch.tensor([known.index(row[1]) for row in mine])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-        for _ in range(12):  # more would make them just as sure of classes they never saw
-            optimizer.zero_grad()
-            model(**inputs, labels=targets).loss.backward()
-            optimizer.step()
-        return Expert(name, model.eval(), processor=self.tokenizer, labels=labels)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +47,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(halves):
     weights = []
     for seed in (1, 1, 2):
         model = FoEModel.from_experts(halves.experts)
-        fit_fuser(model, halves.data, epochs=3, seed=seed, frugal=True)
+        fit_fuser(model, halves.data, fuser="mlp", epochs=3, seed=seed, frugal=True)
         weights.append(model.fuser.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["output.weight"], weights[2]["output.weight"])
@@ -146,7 +104,7 @@ def test_a_frugal_model_loads_in_bf16(halves, tmp_path):
 def test_policy_matches_the_formula(halves):
     """Against a plain reading of the formula: one example, every superset, the nearest points by sorting."""
     model = FoEModel.from_experts(halves.experts, costs=[1.0, 2.0])
-    fit_fuser(model, halves.data.select(range(200, 400)), epochs=5, frugal=True, cost_weight=0.05)
+    fit_fuser(model, halves.data.select(range(200, 400)), fuser="mlp", epochs=5, frugal=True, cost_weight=0.05)
     policy, weight = model.policy, model.config.frugal["cost_weight"]
     collected = collect_outputs(model, halves.data.select(range(400, 440)))
     costs = torch.tensor(model.config.cost_shares)
@@ -198,8 +156,8 @@ def test_selection_learns_the_domain_or_the_least_loss(halves):
         results = evaluate(model, data.select(range(400, 600)))
         assert results.selection_accuracy > 0.85
         assert results.best("fused").only_score.score > results.best("expert").only_score.score + 0.3
-    with pytest.raises(FusionError, match="belongs to output fusion"):
-        fit_fuser(model, data, frugal=True)
+    with pytest.raises(FusionError, match="needs the embeddings of all experts"):
+        fit_fuser(model, data, fuser="mlp", frugal=True)
 
 
 def test_a_class_that_the_data_lacks_is_reported(halves, caplog):
@@ -235,12 +193,12 @@ FIT = """
 import sys
 sys.path[:0] = [{tests!r}, {here!r}]
 import torch
-from test_fuser import Halves
+from tiny_halves import Halves
 from hf_fusion import FoEModel, fit_fuser
 halves = Halves()
 model = FoEModel.from_experts(halves.experts)
 print("START", flush=True)
-fit = fit_fuser(model, halves.data, epochs=4, batch_size={batch})
+fit = fit_fuser(model, halves.data, fuser="mlp", epochs=4, batch_size={batch})
 from accelerate import PartialState
 state = PartialState(cpu=True)
 if state.is_main_process:
@@ -345,7 +303,7 @@ class Heard:
 def test_fit_reports_its_phases(halves):
     model, heard = FoEModel.from_experts(halves.experts), Heard()
     with reporting(heard):
-        fit_fuser(model, halves.data.select(range(203)), epochs=2, batch_size=32)
+        fit_fuser(model, halves.data.select(range(203)), fuser="mlp", epochs=2, batch_size=32)
     assert heard.ended_at["Running 2 experts"] == (203, 203)
     steps, total = heard.ended_at["Training the fuser"]
     assert steps == total == 2 * 5  # of the 152 rows that are not held out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,14 +19,9 @@ from hf_fusion.evaluation.baselines import max_confidence, mean_ensemble
 from hf_fusion.evaluation.predictions import Predictions
 from hf_fusion.evaluation.task_metrics import score
 from hf_fusion.models.assembly_foe import normalise
-from hf_fusion.training.fuser import fit_fuser, replay
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import nn
-
-    from hf_fusion.models.modeling_foe import FoEModel
-
+from hf_fusion.training.frugal import replay
+from hf_fusion.training.fuser import fit_fuser
+from hf_fusion.training.outputs import features_of
 
 # ---------------------------------------------------------------- experts
 
@@ -111,92 +106,92 @@ def max_ensemble(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
 @bench_method("FoE, selection", "fusion", also=("routing",), stochastic=True)
 def foe_selection(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that chooses an expert for each row by the embeddings of all."""
-    model, fused = setup.model(holdout, SELECTION), setup.fused(holdout)
-    rows = setup.fitting(holdout)
+    fused, rows = setup.fused(holdout), setup.fitting(holdout)
     by = "domain" if "expert" in rows.column_names else "loss"
-    fuser = _fitted(setup, model, rows, seed, by=by)
+    fitted = _Fitted(setup, holdout, SELECTION, seed, by=by)
 
-    @torch.no_grad()
     def prepare(task: str, corruption: str, split: str) -> Prepared:
-        choice = fuser(setup.features(holdout, task, corruption, split)).argmax(1)
+        choice = fitted.scores(task, corruption, split).argmax(1)
         chosen = [fused[index] for index in choice.tolist()]
         return setup.known(task, setup.chosen(chosen, task, corruption, split))
 
     alone, all_of_them = setup.costs(holdout)
-    size = model.num_parameters()
     # a language model answers once more; classifiers have answered with their embeddings
     cost = all_of_them + (sum(alone) / len(alone) if setup.is_language else 0.0)
-    return Candidate(prepare, {"fitted_on": len(rows)}, stored=size, active=size, cost=cost)
+    return Candidate(prepare, fitted.parameters, stored=fitted.size, active=fitted.size, cost=cost)
 
 
 @bench_method("FoE", "fusion", stochastic=True)
 def foe(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that fuses the outputs of all experts."""
-    model, rows, fuser = _output(setup, holdout, seed)
+    fitted = _output(setup, holdout, seed)
 
-    @torch.no_grad()
     def prepare(task: str, corruption: str, split: str) -> Prepared:
-        scores = fuser(_own_outputs(setup, holdout, task, corruption, split).flatten(1))
-        return _named(setup, holdout, scores, task, corruption, split)
+        return _named(setup, holdout, fitted.scores(task, corruption, split), task, corruption, split)
 
-    size = model.num_parameters()
-    return Candidate(prepare, {"fitted_on": len(rows)}, stored=size, active=size, cost=setup.costs(holdout)[1])
+    cost = setup.costs(holdout)[1]
+    return Candidate(prepare, fitted.parameters, stored=fitted.size, active=fitted.size, cost=cost)
 
 
 @bench_method("FrugalFoE", "fusion", stochastic=True)
 def foe_frugal(setup: FusionSetup, holdout: Holdout, seed: int) -> Candidate:
     """FoE that queries one expert after the other, and stops when another one is not worth its cost."""
-    model, rows, fuser = _output(setup, holdout, seed, frugal=True)
-    policy, weight = copy.deepcopy(model.policy).to("cpu"), (model.config.frugal or {})["cost_weight"]
-    shares = torch.tensor(model.config.cost_shares)
+    fitted = _output(setup, holdout, seed, frugal=True)
 
-    @torch.no_grad()
-    def ask(task: str, corruption: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return replay(policy, _own_outputs(setup, holdout, task, corruption, split), shares, weight)
-
-    @torch.no_grad()
     def prepare(task: str, corruption: str, split: str) -> Prepared:
-        scores = fuser(ask(task, corruption, split)[0].flatten(1))
+        scores = fitted.frugal(task, corruption, split)[0]
         return _named(setup, holdout, scores, task, corruption, split)
 
-    asked = torch.cat([((ask(task, CLEAN, TEST)[1] > 0) * shares).sum(1) for task in holdout.test])
-    share, size = float(asked.mean()), model.num_parameters()
-    parameters = {"fitted_on": len(rows), "cost_weight": weight, "asked": share}
+    shares = torch.tensor(fitted.config.cost_shares)
+    asked = torch.cat([(fitted.frugal(task, CLEAN, TEST)[1] * shares).sum(1) for task in holdout.test])
+    share = float(asked.mean())
+    parameters = {**fitted.parameters, "cost_weight": (fitted.config.frugal or {})["cost_weight"], "asked": share}
     cost = share * setup.costs(holdout)[1]
-    return Candidate(prepare, parameters, stored=size, active=round(share * size), cost=cost)
+    return Candidate(prepare, parameters, stored=fitted.size, active=round(share * fitted.size), cost=cost)
 
 
-def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> tuple[FoEModel, Dataset, nn.Module]:
-    """A FoE of outputs, what it was fitted on, and its fuser."""
+class _Fitted:
+    """A FoE's fuser, fitted; the model serves other seeds too."""
+
+    def __init__(self, setup: FusionSetup, holdout: Holdout, mode: str, seed: int, **options: Any) -> None:
+        self.setup, self.model, rows = setup, setup.model(holdout, mode), setup.fitting(holdout)
+        fit = fit_fuser(self.model, rows, seed=seed, inference_batch_size=setup.batch_size, **options)
+        self.config = copy.deepcopy(self.model.config)
+        self.fuser = copy.deepcopy(self.model.fuser).to("cpu").eval()
+        self.policy = copy.deepcopy(self.model.policy).to("cpu") if self.config.frugal else None
+        self.parameters: dict[str, Any] = {"fitted_on": len(rows), "fuser": fit.fuser}
+        self.size = self.model.num_parameters()
+
+    def _features(self, *key: str) -> torch.Tensor:
+        return features_of(self.model, self.setup.collected(self.model, *key), self.config)
+
+    @torch.no_grad()
+    def scores(self, *key: str) -> torch.Tensor:
+        """Scores of labels or experts for the rows of (task, corruption, split)."""
+        found: torch.Tensor = self.fuser(self._features(*key))
+        return found
+
+    @torch.no_grad()
+    def frugal(self, *key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same after frugal queries, and which experts were queried (N, K)."""
+        assert self.policy is not None and self.config.frugal is not None  # fitted with frugal=True
+        shares, weight = torch.tensor(self.config.cost_shares), self.config.frugal["cost_weight"]
+        shown, order = replay(self.policy, self.fuser, self.fuser.read(self._features(*key)), shares, weight)
+        return self.fuser.combine(shown, order > 0), order > 0
+
+
+def _output(setup: FusionSetup, holdout: Holdout, seed: int, **options: Any) -> _Fitted:
+    """A FoE of outputs."""
     if setup.is_language:
         raise NotApplicable("fuses class probabilities; for language models there is FoE by selection")
-    model, rows = setup.model(holdout, OUTPUT), setup.fitting(holdout)
-    return model, rows, _fitted(setup, model, rows, seed, **options)
-
-
-def _fitted(setup: FusionSetup, model: FoEModel, rows: Dataset, seed: int, **options: Any) -> nn.Module:
-    """The fuser of a model, fitted on rows; the model serves other seeds too."""
-    fit_fuser(model, rows, seed=seed, inference_batch_size=setup.batch_size, **options)
-    return copy.deepcopy(model.fuser).to("cpu").eval()
-
-
-def _own_outputs(setup: FusionSetup, holdout: Holdout, task: str, corruption: str, split: str) -> torch.Tensor:
-    """The fused experts' probabilities of the labels that they know, (N, K, C)."""
-    outputs = setup.outputs(task, corruption, split)[:, setup.fused(holdout)]
-    return outputs[:, :, _label_indices(setup, holdout)]
+    return _Fitted(setup, holdout, OUTPUT, seed, **options)
 
 
 def _named(
     setup: FusionSetup, holdout: Holdout, scores: torch.Tensor, task: str, corruption: str, split: str
 ) -> Prepared:
     """Predictions from scores of the labels that the fused experts know."""
-    known = _label_indices(setup, holdout)
-    predicted = [known[label] for label in scores.argmax(1).tolist()]
-    return setup.known(task, Predictions(predicted, setup.references(task, corruption, split)))
-
-
-def _label_indices(setup: FusionSetup, holdout: Holdout) -> list[int]:
-    """Indices, among all labels, of those that the fused experts know."""
     known = {normalise(label): index for index, label in enumerate(setup.labels)}
-    labels = setup.model(holdout, OUTPUT).config.id2label or {}
-    return [known[normalise(label)] for label in labels.values()]
+    labels = [known[normalise(label)] for label in (setup.model(holdout, OUTPUT).config.id2label or {}).values()]
+    predicted = [labels[label] for label in scores.argmax(1).tolist()]
+    return setup.known(task, Predictions(predicted, setup.references(task, corruption, split)))

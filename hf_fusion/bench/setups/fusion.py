@@ -28,7 +28,7 @@ from hf_fusion.hub.load import load_experts
 from hf_fusion.models.assembly_foe import GENERIC_LABEL, fuse_labels, normalise
 from hf_fusion.models.options_foe import settings_of
 from hf_fusion.training.batches import read_examples
-from hf_fusion.training.outputs import collect_outputs, generates, input_columns, prepare
+from hf_fusion.training.outputs import ExpertOutputs, collect_outputs, generates, input_columns, prepare
 from hf_fusion.training.runs import move_to
 from hf_fusion.types import Expert
 
@@ -77,7 +77,7 @@ class FusionSetup(TaskSetup, kind="fusion"):
         self._models: dict[tuple[tuple[str, ...], str], FoEModel] = {}
         self._rows: dict[tuple[str, str, str], Dataset] = {}
         self._outputs: dict[tuple[str, str, str], torch.Tensor] = {}
-        self._features: dict[Any, torch.Tensor] = {}
+        self._collected: dict[Any, ExpertOutputs] = {}
         self._predictions: dict[Any, Predictions] = {}
         self._fitting: dict[tuple[str, ...], Dataset] = {}
 
@@ -186,22 +186,18 @@ class FusionSetup(TaskSetup, kind="fusion"):
             self._collect(key)
         return self._outputs[key]
 
-    def features(self, holdout: Holdout, task: str, corruption: str, split: str) -> torch.Tensor:
-        """The fused experts' embeddings side by side, (N, Σd)."""
-        key = (task, corruption, split)
-        if key not in self._features:
-            self._collect(key)
-        sizes = [expert["feature_size"] for expert in self.all_experts.config.experts]
-        parts = self._features[key].split(sizes, 1)
-        return torch.cat([parts[number] for number in self.fused(holdout)], 1)
+    def collected(self, model: FoEModel, task: str, corruption: str, split: str) -> ExpertOutputs:
+        """What the experts of a FoE give for a task's rows."""
+        key = (id(model), task, corruption, split)
+        if key not in self._collected:
+            rows = self.pool(task, corruption, split)
+            unlabelled = rows if self.is_language else rows.remove_columns("label")
+            self._collected[key] = collect_outputs(model, unlabelled, batch_size=self.batch_size)
+        return self._collected[key]
 
     def _collect(self, key: tuple[str, str, str]) -> None:
-        rows = self.pool(*key)
-        unlabelled = rows if self.is_language else rows.remove_columns("label")
-        collected = collect_outputs(self.all_experts, unlabelled, batch_size=self.batch_size)
-        self._features[key] = collected.features
-        if collected.outputs is None:
-            return
+        collected = self.collected(self.all_experts, *key)
+        assert collected.outputs is not None  # of classifiers
         # labels of one name are one label here; among experts that are chosen from, each has its own
         placed = torch.zeros(len(collected), len(self.names), len(self.labels))
         for number, (row, indices) in enumerate(zip(self.all_experts.config.experts, self._places, strict=True)):
