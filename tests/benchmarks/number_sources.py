@@ -147,11 +147,14 @@ SOURCES = {
         ("tests/peers/agreement.json",), ("make peers",), "every case once", 2, phrases=tables.peers_phrases
     ),
     "phatgoose-text": Source(
-        tuple(f"{MEASURED}/phatgoose_text{name}.json" for name in ("", "_uniform", "_paper_gates")),
+        tuple(f"{MEASURED}/phatgoose_text{name}.json" for name in ("", "_uniform", "_gaussian", "_paper_gates")),
         (
-            f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --examples 300",
+            "{python} examples/train_smollm2_experts.py --data {data} --gates whitened --output whitened-gates",
+            f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --examples 300 --experts whitened-gates",
             f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems uniform "
             f"--output {MEASURED}/phatgoose_text_uniform.json",
+            f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems PHATGOOSE "
+            f"--output {MEASURED}/phatgoose_text_gaussian.json",
             "{python} examples/train_smollm2_experts.py --data {data} --gates paper --output paper-gates",
             f"{BENCHMARKS}/phatgoose_text.py --data {{data}} --n 40 --systems PHATGOOSE --experts paper-gates "
             f"--output {MEASURED}/phatgoose_text_paper_gates.json",
