@@ -8,8 +8,6 @@ from hf_fusion.assets.general_rows import (
     SENTIMENTS,
     STYLES_OF_SENTENCES,
     IntentRows,
-    ascending,
-    caption,
     count,
     described,
     joined,
@@ -20,7 +18,6 @@ from hf_fusion.assets.general_rows import (
     occurrences,
     of_list,
     restaurant,
-    same_request,
     summed,
     topic,
     words,
@@ -63,38 +60,6 @@ HELD_IN_TASKS = (
         metric="ranked",
         license="other",
         trained=880,
-    ),
-    GeneralTask(
-        "sorting",
-        (
-            Form(
-                (
-                    "Sort these words alphabetically: {}",
-                    "Put in alphabetical order: {}",
-                    "Arrange from A to Z: {}",
-                    "Order the words of this list as in a dictionary: {}",
-                    "{}\nSort the list above from A to Z.",
-                    "Alphabetize: {}",
-                ),
-                of_list(lambda rng: words(rng, 3, 4), lambda values: joined(sorted(values))),
-            ),
-            Form(
-                (
-                    "Sort these numbers in ascending order: {}",
-                    "Order from smallest to largest: {}",
-                    "{}\nSort upwards.",
-                    "Arrange the numbers from low to high: {}",
-                    "Rank from the least to the greatest: {}",
-                    "Put these in increasing order: {}",
-                ),
-                of_list(lambda rng: numbers(rng, 3, 4), ascending),
-            ),
-        ),
-        (
-            ("In which order would an encyclopedia have them? {}", "A-Z please: {}", "{}\nNow list them by letter."),
-            ("Smallest first, biggest at the end: {}", "{}\nGive them by size, rising.", "Lowest to highest: {}"),
-        ),
-        trained=1280,
     ),
     GeneralTask(
         "topic",
@@ -441,53 +406,6 @@ HELD_IN_TASKS = (
             ("Which is below all others? {}", "The bottom value among {}", "{}\nThe lower end is?"),
         ),
         trained=560,
-    ),
-    GeneralTask(
-        "translation",
-        tuple(
-            Form(
-                (
-                    f"Translate into {language}: {{}}",
-                    f"How do you say this in {language}? {{}}",
-                    f"{{}}\nWrite that in {language}.",
-                    f"English: {{}}\n{language}:",
-                ),
-                StoredRows(folder, caption),
-            )
-            for language, folder in (("German", "multi30k_en_de"), ("French", "multi30k_en_fr"))
-        ),
-        (
-            ("Render for a reader in Berlin: {}", "{}\nAuf Deutsch?", "A German version of: {}"),
-            ("Render for a reader in Paris: {}", "{}\nEn français ?", "A French version of: {}"),
-        ),
-        metric="tokens",
-        license="other",
-        trained=560,
-    ),
-    GeneralTask(
-        "same-meaning",
-        (
-            Form(
-                (
-                    "Do these sentences say the same?\n{}",
-                    "{}\nIs the meaning of both equal?",
-                    "Compare the two sentences:\n{}",
-                    "Is the second a paraphrase of the first?\n{}",
-                    "{}\nSame content?",
-                ),
-                StoredRows("mrpc", same_request),
-            ),
-        ),
-        (
-            (
-                "Two agencies report:\n{}\nDo they agree?",
-                "{}\nWould one line do for both?",
-                "Redundant or not?\n{}",
-            ),
-        ),
-        metric="ranked",
-        license="other",
-        trained=640,
     ),
 )
 """Tasks with experts."""

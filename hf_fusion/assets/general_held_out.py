@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from hf_fusion.assets.general_forms import DrawnRows, Example, Form, GeneralTask, ReviewRows, Source
@@ -28,7 +26,7 @@ from hf_fusion.assets.general_rows import (
     restaurant,
     split_words,
 )
-from hf_fusion.assets.language_tasks import Split, StoredRows
+from hf_fusion.assets.language_tasks import StoredRows
 
 
 def _task(
@@ -53,19 +51,6 @@ def _relabelled(folder: str, answers: Mapping[str, str], *, longest: int = TEXT)
     return BalancedRows(StoredRows(folder, row))
 
 
-def _pair(folder: str, answers: Mapping[str, str], layout: str) -> BalancedRows:
-    def row(item: Mapping[str, Any]) -> Example | None:
-        if len(item["text"]) + len(item["text_pair"]) > 240:
-            return None
-        return Example(
-            layout.format(item["text"], item["text_pair"]),
-            answers[item["label"]],
-            tuple(dict.fromkeys(answers.values())),
-        )
-
-    return BalancedRows(StoredRows(folder, row))
-
-
 def _drawn(
     things: Sequence[str], least: int, most: int, layout: Callable[[list[str]], str], answer: Callable[[list[str]], str]
 ) -> DrawnRows:
@@ -78,11 +63,6 @@ def _drawn(
 
 def _listed(values: Sequence[str]) -> str:
     return "[" + ", ".join(f'"{value}"' for value in values) + "]"
-
-
-def _years(rng: random.Random) -> Example:
-    years = rng.sample(range(1500, 2020), rng.randint(3, 4))
-    return Example(joined(years), joined(sorted(years)))
 
 
 def _word_problem(rng: random.Random) -> Example:
@@ -178,26 +158,6 @@ def _letters(rng: random.Random) -> Example:
     return Example(joined(letters), joined(letters[::-1]))
 
 
-def _caption(item: Mapping[str, Any]) -> tuple[str, str] | None:
-    return item["prompt"], item["target"]
-
-
-@dataclass(frozen=True)
-class GermanFrenchRows:
-    """Captions in German and in French, of pictures that no expert's training rows have."""
-
-    def draw(self, split: Split, data_dir: Path | None) -> Iterator[Example | None]:
-        """An iterator over the captions."""
-        german, french = (
-            dict(row for row in StoredRows(f"multi30k_en_{code}", _caption).draw("test", data_dir) if row)
-            for code in ("de", "fr")
-        )
-        both = [english for english in german if english in french]
-        for english in both[split == "test" :: 2]:
-            text, target = german[english], french[english]
-            yield None if len(text) + len(target) > TEXT else Example(text, target)
-
-
 _SNIPS = {
     "AddToPlaylist": "put a song on a playlist",
     "BookRestaurant": "reserve a table",
@@ -229,7 +189,7 @@ HELD_OUT_TASKS = (
             "Tweet: {} Guess the state of mind.",
         ),
         _relabelled(
-            "tweet_emotion", {"joy": "joyful", "optimism": "joyful", "anger": "miserable", "sadness": "miserable"}
+            "tweet_emotion", {"joy": "good mood", "optimism": "good mood", "anger": "bad mood", "sadness": "bad mood"}
         ),
         "ranked",
         "other",
@@ -249,7 +209,11 @@ HELD_OUT_TASKS = (
             "My friend saw it. {} So what now?",
         ),
         BalancedRows(
-            ReviewRows(lambda text, good: Example(text, "watch it" if good else "skip it", ("watch it", "skip it")))
+            ReviewRows(
+                lambda text, good: Example(
+                    text, "great film" if good else "terrible film", ("great film", "terrible film")
+                )
+            )
         ),
         "ranked",
         "other",
@@ -322,13 +286,6 @@ HELD_OUT_TASKS = (
         "other",
     ),
     _task(
-        "entailment",
-        ("{}\nDoes the claim follow?", "Check the claim.\n{}", "{}\nThe claim is"),
-        _pair("rte", {"entailment": "supported", "not_entailment": "unsupported"}, "Text: {}\nClaim: {}"),
-        "ranked",
-        "other",
-    ),
-    _task(
         "restaurant-area",
         ("In which part of town is it? {}", "{}\nWhere must I go?", "Just the district: {}"),
         HalvedRows(restaurant("area")),
@@ -348,25 +305,6 @@ HELD_OUT_TASKS = (
         HalvedRows(StoredRows("e2e_nlg", _as_lines)),
         "tokens",
         "cc-by-sa-4.0",
-    ),
-    _task(
-        "name-sorting",
-        (
-            "Class register of these pupils: {}",
-            "{}\nBring the people into the order of a phone book.",
-            "Roll call by letter: {}",
-        ),
-        _drawn(NAMES, 3, 4, ", ".join, lambda values: joined(sorted(values))),
-    ),
-    _task(
-        "city-index",
-        ("Index of an atlas with these entries: {}", "{}\nIn the index they follow as", "Towns for the index: {}"),
-        _drawn(CITIES, 3, 4, "; ".join, lambda values: joined(sorted(values))),
-    ),
-    _task(
-        "year-sorting",
-        ("Timeline of {}", "{}\nEarliest year to latest year:", "Chronology: {}"),
-        DrawnRows(_years),
     ),
     _task(
         "route-back",
@@ -479,13 +417,6 @@ HELD_OUT_TASKS = (
         "letters-backwards",
         ("Seen in a mirror: {}", "{}\nSpell it from the right.", "Retrograde letters: {}"),
         DrawnRows(_letters),
-    ),
-    _task(
-        "german-to-french",
-        ("Was heißt auf Französisch: {}", "{}\nPour les Français :", "Für Paris: {}"),
-        GermanFrenchRows(),
-        "tokens",
-        "other",
     ),
 )
 """Candidates; those that no expert helps on are listed with the others in the results of the acceptance."""

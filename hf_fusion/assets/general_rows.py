@@ -170,11 +170,6 @@ def joined(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def ascending(values: Sequence[str]) -> str:
-    """Numbers from the smallest on."""
-    return joined(sorted(map(int, values)))
-
-
 def of_list(
     draw: Callable[[random.Random], list[str]],
     answer: Callable[[list[str]], str],
@@ -271,7 +266,7 @@ NUMBER_WORDS = split_words(
 )
 
 
-# ---------------------------------------------------------------- restaurants, captions
+# ---------------------------------------------------------------- restaurants
 
 
 def attributes(item: Mapping[str, Any]) -> dict[str, str]:
@@ -293,23 +288,6 @@ def restaurant(attribute: str) -> StoredRows[Example]:
 def described(item: Mapping[str, Any]) -> Example | None:
     """A restaurant's data and a sentence about it."""
     return None if len(item["prompt"]) + len(item["target"]) > 190 else Example(item["prompt"], item["target"])
-
-
-def caption(item: Mapping[str, Any]) -> Example | None:
-    """A caption in two languages."""
-    return None if len(item["prompt"]) + len(item["target"]) > 110 else Example(item["prompt"], item["target"])
-
-
-def same_request(item: Mapping[str, Any]) -> Example | None:
-    """Whether two sentences say the same."""
-    if len(item["text"]) + len(item["text_pair"]) > 200:
-        return None
-    is_same = item["label"] == "equivalent"
-    rng = random.Random(item["text"])
-    names = rng.choice((("same", "different"), ("yes", "no"), ("equivalent", "not equivalent"), ("true", "false")))
-    if is_same and rng.random() < 0.5:  # two thirds of the rows are equivalent
-        return None
-    return Example(f"{item['text']}\n{item['text_pair']}", names[0 if is_same else 1], names)
 
 
 # ---------------------------------------------------------------- other orders and mixtures

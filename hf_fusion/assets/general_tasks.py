@@ -29,7 +29,7 @@ Way = Literal["alone", "reworded", "second", "mixed"]
 turn of a chat that began with another task; and beside a question of another task in one prompt."""
 WAYS: tuple[Way, ...] = get_args(Way)
 
-# how choices are listed: those that experts are trained with, and those of rewordings and held-out tasks
+# how choices are listed: as experts are trained, also in held-out tasks, and as in rewordings
 STYLES: tuple[Callable[[Sequence[str]], str], ...] = (
     lambda choices: f"\nOptions: {', '.join(choices)}",
     lambda choices: f"\nChoose one: {' / '.join(choices)}",
@@ -58,8 +58,8 @@ def rows(
         split: "train" or "test"; no content is in both.
         size: maximum number of rows; a test split has at most `language_tasks.TEST_ROWS`.
         data_dir: the folder of data sets.
-        unseen: in the wordings, and with the lists of choices, that no expert was trained with. Held-out tasks have
-            no others.
+        unseen: in the wordings, and with the lists of choices, that no expert was trained with. The wordings of
+            held-out tasks are all of this kind.
 
     Returns:
         Columns ``task``, ``prompt`` (literal text with chat markup), ``target``, ``choices`` (empty where answers are
@@ -73,7 +73,6 @@ def rows(
     task = find(task)
     folder = None if data_dir is None else Path(data_dir)
     count = len(task.forms)
-    unseen = unseen or not task.held_in
     found: list[dict[str, object]] = []
     by_form = []
     for index, form in enumerate(task.forms):

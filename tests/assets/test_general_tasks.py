@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -65,10 +64,6 @@ def test_answers_are_right():
         sought, listed = re.search(r"(\S+) in (\w+(?:, \w+)+)", question(row["prompt"])).groups()
         is_in = sought in listed.split(", ")
         assert row["target"] in (("yes", "true", "found", "in") if is_in else ("no", "false", "missing", "not in"))
-    for row in rows("year-sorting", "test", 20):
-        years = row["target"].split(", ")
-        assert all(int(a) < int(b) for a, b in pairwise(years))
-        assert set(years) == set(re.findall(r"\d{4}", question(row["prompt"])))
     for row in rows("next-stop", "test", 20):
         after, stops = re.search(r"(\w+): (\w+(?:, \w+)+)", question(row["prompt"])).groups()
         stops = stops.split(", ")
@@ -118,7 +113,7 @@ def test_intents_are_listed_with_others(data):
 
 def test_held_out_classes_are_balanced(data):
     targets = rows("tweet-mood", "test", 20, data)["target"]
-    assert targets.count("joyful") == targets.count("miserable") > 0
+    assert targets.count("good mood") == targets.count("bad mood") > 0
     source = type("Some", (), {"draw": lambda self, split, folder: map(Example, "abcd", "xyxx")})()
     assert list(BalancedRows(source).draw("test", None)) == [Example("a", "x"), Example("b", "y")]
 
@@ -151,7 +146,7 @@ def test_the_suite_reads_its_rows():
     suite = load_suite("smollm-general")
     assert suite.is_local
     held_in = [name for name in suite.tasks if suite.owner(name) == name]
-    assert set(held_in) == set(suite.experts) <= set(HELD_IN)
+    assert set(held_in) == set(suite.experts) == set(HELD_IN)
     for name, task in suite.tasks.items():
         owner = suite.owner(name)
         known = TASKS[owner or name]
@@ -169,8 +164,8 @@ def test_the_suite_reads_its_rows():
 
 
 def test_faults_are_named():
-    with pytest.raises(FusionError, match="there is no task 'sortin'") as error:
-        rows("sortin", "test", 5)
-    assert "sorting" in error.value.hint
+    with pytest.raises(FusionError, match="there is no task 'reversa'") as error:
+        rows("reversa", "test", 5)
+    assert "reversal" in error.value.hint
     with pytest.raises(FusionError, match="the data set 'sst2' was not found"):
         rows("sentiment", "test", 5)

@@ -136,14 +136,15 @@ def measure(
                     if name != BASE:
                         model.set_adapter(name)
                     found[name] += score(causal, packed, batch, metric)
-    return {name: [round(value, 4) for value in values] for name, values in found.items()}
+    digits = 4 if metric == "tokens" else None  # other scores are 0 or 1
+    return {name: [round(value, digits) for value in values] for name, values in found.items()}
 
 
 def verdict(scores: dict[str, list[float]]) -> dict[str, Any]:
     """The best expert of a task in hindsight, and its lead over the base with a paired 95 % interval."""
     means = {name: sum(values) / len(values) for name, values in scores.items()}
     best = max((name for name in means if name != BASE), key=means.__getitem__)
-    lead = torch.tensor(scores[best]) - torch.tensor(scores[BASE])
+    lead = torch.tensor(scores[best]).double() - torch.tensor(scores[BASE]).double()
     mean, half = float(lead.mean()), Z95 * float(lead.std()) / len(lead) ** 0.5
     return {
         "n": len(lead),
@@ -182,6 +183,7 @@ def main() -> None:
         model.load_adapter(args.experts / name, name)
     model.eval()
     found = known["rows"]
+    partly = " --only EXPERTS --tasks TASKS, the experts that the tasks list" if args.only else ""
     for task in wanted:
         missing = [name for name in (BASE, *held_in) if name not in found.get(task, {})]
         if missing:
@@ -198,7 +200,7 @@ def main() -> None:
         )
         verdicts = {name: verdict(scores) for name, scores in found.items()}
         content = {
-            "command": f"python tests/benchmarks/general_transfer.py --data DIR --n {args.n}",
+            "command": f"python tests/benchmarks/general_transfer.py --data DIR --n {args.n}" + partly,
             "n": args.n,
             "machine": machine(),
             "cpu_seconds": round(known.get("cpu_seconds", 0) + time.process_time() - start),

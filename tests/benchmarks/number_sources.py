@@ -164,6 +164,16 @@ SOURCES = {
         tables.phatgoose_table,
         tables.phatgoose_phrases,
     ),
+    "general-transfer": Source(
+        (f"{MEASURED}/general_transfer.json",),
+        (
+            "{python} examples/train_smollm2_experts.py --data {data} --suite smollm-general",
+            f"{BENCHMARKS}/general_transfer.py --data {{data}} --n 50",
+        ),
+        "50 validation rows of each candidate, by the experts whose skill is near; one seed",
+        60,
+        tables.general_table,
+    ),
     "phatgoose-minilm": Source(
         tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("_paper", "_whitened")),
         tuple(f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}} --gates {kind}" for kind in ("paper", "whitened")),
