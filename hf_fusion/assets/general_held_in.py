@@ -6,7 +6,6 @@ from hf_fusion.assets.general_forms import DrawnRows, Form, GeneralTask
 from hf_fusion.assets.general_rows import (
     QUESTIONS,
     SENTIMENTS,
-    STYLES_OF_SENTENCES,
     IntentRows,
     count,
     described,
@@ -241,38 +240,6 @@ HELD_IN_TASKS = (
             ("Count the row off from its tail: {}", "{}\nMirror that.", "Opposite order of {}"),
         ),
         trained=720,
-    ),
-    GeneralTask(
-        "subjectivity",
-        (
-            Form(
-                (
-                    "Is this a fact or an opinion? {}",
-                    "{}\nWhat kind of sentence is this?",
-                    "Does the sentence tell or judge? {}",
-                    "Classify the style of this sentence: {}",
-                    "Sentence: {}\nKind:",
-                    "How is this written? {}",
-                    "Decide what this is: {}",
-                    "{}\nWhich description fits?",
-                ),
-                labelled(
-                    "subj",
-                    ("objective", "subjective"),
-                    *STYLES_OF_SENTENCES,
-                ),
-            ),
-        ),
-        (
-            (
-                "Does the author take a stand? {}",
-                "{}\nIs a view of the writer in it?",
-                "Tell information from comment: {}",
-            ),
-        ),
-        metric="ranked",
-        license="other",
-        trained=640,
     ),
     GeneralTask(
         "question-type",

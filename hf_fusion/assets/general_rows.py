@@ -42,20 +42,6 @@ SENTIMENTS = (
     ("disgust", "enjoyment"),
     ("worst", "best"),
 )
-STYLES_OF_SENTENCES = (
-    ("objective", "subjective"),
-    ("fact", "opinion"),
-    ("story", "judgement"),
-    ("neutral", "personal"),
-    ("description", "evaluation"),
-    ("impartial", "biased"),
-    ("tells what happens", "says what somebody thinks"),
-    ("plot", "review"),
-    ("factual", "opinionated"),
-    ("narration", "criticism"),
-    ("without a view", "with a view"),
-    ("event", "assessment"),
-)
 QUESTIONS = (
     ("description", "entity", "abbreviation", "human", "location", "numeric"),
     ("explanation", "thing", "short form", "person", "place", "number"),
