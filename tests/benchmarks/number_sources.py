@@ -175,8 +175,11 @@ SOURCES = {
         tables.general_table,
     ),
     "phatgoose-minilm": Source(
-        tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("_paper", "_whitened")),
-        tuple(f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}} --gates {kind}" for kind in ("paper", "whitened")),
+        tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("", "_paper", "_whitened")),
+        tuple(
+            f"{BENCHMARKS}/phatgoose_minilm.py --data {{data}} --gates {kind}"
+            for kind in ("gaussian", "paper", "whitened")
+        ),
         "800 test rows, 200 of each of four tasks; one seed",
         5,
         phrases=tables.phatgoose_minilm_phrases,
