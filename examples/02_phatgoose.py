@@ -21,7 +21,7 @@ experts = load_experts([demo_weights(f"smollm2_experts/{task}") for task in task
 experts
 
 # %% [markdown]
-# Each adapter brings its own gates, one vector for each linear layer, trained on its own rows. So no joint training
+# Each adapter brings its own gates, densities of a few inputs of the base on its own rows. So no joint training
 # is needed.
 
 # %%
