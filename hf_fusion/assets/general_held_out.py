@@ -1,7 +1,7 @@
 """The held-out tasks of the suite `smollm-general`: candidates, of which the suite lists those that were accepted.
 
-Each shares a skill with an expert, but no row, no wording and no set of labels. Lists are of other things than those of
-the held-in tasks, and written in another way. See `general_tasks`.
+Each shares a skill with an expert, but no row, no wording and no set of labels; lists are of other things than those of
+the held-in tasks. See `general_tasks`.
 """
 
 from __future__ import annotations
