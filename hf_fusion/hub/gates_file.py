@@ -18,7 +18,6 @@ from hf_fusion.errors import FusionError
 from hf_fusion.hub.lora import linear_sizes
 from hf_fusion.io.files import own_file
 from hf_fusion.io.saving import in_folder, replacing
-from hf_fusion.models.points_phatgoose import gate_points
 from hf_fusion.types import Adapter, Gates, Gaussian
 
 if TYPE_CHECKING:
@@ -128,6 +127,8 @@ def read_gates(folder: str | Path, name: str, adapter: Adapter, base: torch.nn.M
 
 def point_sizes(base: torch.nn.Module) -> dict[str, int]:
     """Path of a linear of the base whose input Gaussian gates read → width of the input."""
+    from hf_fusion.models.points_phatgoose import gate_points  # imports torch
+
     sizes = {path: linear_sizes(base.get_submodule(path)) for path in gate_points(base)}
     return {path: size[0] for path, size in sizes.items() if size is not None}
 

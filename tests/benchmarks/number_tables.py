@@ -93,7 +93,7 @@ def demo_phrases(read: Read) -> list[str]:
     machine = results.machine.replace("1 CPU threads", "1 CPU thread")
     shares = [f"{p.only_score.score:.0%}".replace("%", " %") for p in (results["FoE"], best, frugal)]
     return [
-        f"is right on {shares[0]} of the digits, the best expert alone on {shares[1]}; the frugal fusion keeps the "
+        f"is right on {shares[0]} of the digits, the best expert alone on {shares[1]}; the frugal fusion on "
         f"{shares[2]} at {100 * frugal.cost:.0f} % of the cost",
         f"by `{results.command}` on {machine}; n = {results.tasks[0].n:,} held-out images",
         f"With three seeds FoE comes to {spread(seeds, 'FoE')} and its frugal variant to "
