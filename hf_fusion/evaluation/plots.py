@@ -116,11 +116,11 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
                 axes.add_patch(frame)
     axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
     axes.set_yticks(range(len(tasks)), [task.rpartition("/")[2] for task in tasks], fontsize=8.5)
-    framed = "; framed: the expert of this task" if routing.owners else ""
+    framed = "; framed: the task's own expert" if routing.owners else ""
     figure.suptitle(
-        f"Routing weight of each expert, in % per task\n"
+        f"Routing weight of each expert, in % per task{framed}\n"
         f"{sum(routing.n):,} examples, {TOKENS[routing.tokens]}, all linear layers; "
-        f"uniform routing would give {100 / len(experts):.0f}{framed}",
+        f"uniform routing would give {100 / len(experts):.0f}",
         x=0.01,
         ha="left",
         fontsize=9,

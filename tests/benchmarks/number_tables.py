@@ -351,7 +351,7 @@ def phatgoose_demo_phrases(read: Read) -> list[str]:
         f"right answers to {scored(means['PHATGOOSE'])} % of {n} questions, where the experts told whose task it is "
         f"come to {percent(means['oracle'].score)} and their mean to {percent(means['merged'].score)}",
         f"with three seeds of the gates that it trains it comes to {spread(seeds, 'PHATGOOSE')}",
-        f"in about {seeds['cpu_seconds'] / 60:.0f} CPU minutes",
+        f"in about {seeds['cpu_seconds']:.0f} CPU seconds",
     ]
 
 
