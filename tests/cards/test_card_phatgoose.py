@@ -65,7 +65,7 @@ def test_held_out_tasks_have_a_separate_table():
         ({"routing": "uniform"}, "its scores are drawn at random"),
         ({"router_temperature": 0.5}, "softmax of these scores at temperature 0.5."),
         ({"num_experts_per_tok": 1}, "every token is sent to the one that suits it best"),
-        ({"base_by_reference": False}, "of them in experts and gates (13.9 MB of weights)."),
+        ({"base_by_reference": False}, "of them in experts and gates (14.0 MB of weights)."),
     ],
 )
 def test_says_how_it_works(options, said):
