@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from hf_fusion.assets.general_forms import Example, GeneralTask
 from hf_fusion.assets.general_held_in import HELD_IN_TASKS
 from hf_fusion.assets.general_held_out import HELD_OUT_TASKS
-from hf_fusion.assets.language_tasks import CHAT, END_OF_TURN, TEST_ROWS, Split, distinct
-from hf_fusion.errors import FusionError, suggestion
+from hf_fusion.assets.language_tasks import CHAT, TEST_ROWS, Split, distinct, second_turn, task_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,14 +62,14 @@ def rows(
 
     Returns:
         Columns ``task``, ``prompt`` (literal text with chat markup), ``target``, ``choices`` (empty where answers are
-        free) and ``right``, the index of the target in a list of its own.
+        free) and ``right``, a list with the index of the target among the choices, empty without any.
 
     Raises:
         FusionError: the task is unknown, or its data set is not there.
     """
     from datasets import Dataset, Features, List, Value
 
-    task = find(task)
+    task = task_named(task, TASKS)
     folder = None if data_dir is None else Path(data_dir)
     count = len(task.forms)
     found: list[dict[str, object]] = []
@@ -105,19 +104,6 @@ def _asked(task: str, example: Example, wording: str, unseen: bool, rng: random.
     return {"task": task, "prompt": prompt, "target": example.answer, "choices": choices, "right": right}
 
 
-def find(task: str | GeneralTask) -> GeneralTask:
-    """A task by its name.
-
-    Raises:
-        FusionError: there is no such task.
-    """
-    if not isinstance(task, str):
-        return task
-    if task not in TASKS:
-        raise FusionError(f"there is no task {task!r}", suggestion(task, TASKS))
-    return TASKS[task]
-
-
 def asked(
     task: str | GeneralTask,
     way: str,
@@ -147,7 +133,7 @@ def asked(
     found = rows(task, split, size, data_dir, unseen=way == "reworded")
     if way not in BESIDE:
         return found
-    name = find(task).name
+    name = task_named(task, TASKS).name
     names = [other for other, each in TASKS.items() if each.held_in] if others is None else others
     companions = {other: _companions(other, split, data_dir) for other in names if other != name}
     join, firsts, pairs = BESIDE[way], list(companions), []
@@ -160,12 +146,8 @@ def asked(
 
 @cache
 def _companions(task: str, split: Split, data_dir: str | Path | None) -> list[dict[str, Any]]:
-    """Some rows of a task, which no test or validation of its own needs."""
+    """The first rows of a task, to be asked beside those of others."""
     return [dict(row) for row in rows(task, split, 40, data_dir)]
-
-
-def _second(row: Mapping[str, Any], other: Mapping[str, Any], index: int) -> str:
-    return f"{other['prompt']}{other['target']}{END_OF_TURN}{row['prompt']}"
 
 
 def _mixed(row: Mapping[str, Any], other: Mapping[str, Any], index: int) -> str:
@@ -178,5 +160,8 @@ def _mixed(row: Mapping[str, Any], other: Mapping[str, Any], index: int) -> str:
 
 
 GAP = "\n\n"
-BESIDE: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], int], str]] = {"second": _second, "mixed": _mixed}
+BESIDE: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], int], str]] = {
+    "second": lambda row, other, index: second_turn(other, row),
+    "mixed": _mixed,
+}
 """Ways that have another question in the prompt → (row, row of another task, index) → the prompt."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 Row = tuple[str, str]  # content of the prompt, and the right answer
 RowT = TypeVar("RowT", bound=tuple[Any, ...])
+TaskT = TypeVar("TaskT")
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """SmolLM2's chat markup around one question, without a system message."""
@@ -151,10 +152,7 @@ def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path
     """
     from datasets import Dataset
 
-    if isinstance(task, str):
-        if task not in TASKS:
-            raise FusionError(f"there is no task {task!r}", suggestion(task, TASKS))
-        task = TASKS[task]
+    task = task_named(task, TASKS)
     folder = None if data_dir is None else Path(data_dir)
     tested = list(distinct(task.source.draw("test", folder), TEST_ROWS, taken=set()))
     if split == "test":
@@ -171,6 +169,19 @@ def rows(task: str | LanguageTask, split: Split, size: int, data_dir: str | Path
             for index, (content, answer) in enumerate(chosen)
         ]
     )
+
+
+def task_named(task: str | TaskT, tasks: Mapping[str, TaskT]) -> TaskT:
+    """A task by its name in `tasks`, or the task itself.
+
+    Raises:
+        FusionError: the name is unknown.
+    """
+    if not isinstance(task, str):
+        return task
+    if task not in tasks:
+        raise FusionError(f"unknown task {task!r}", suggestion(task, tasks))
+    return tasks[task]
 
 
 def conversations(suite: Mapping[str, Dataset]) -> dict[str, Dataset]:
@@ -196,7 +207,12 @@ def conversations(suite: Mapping[str, Dataset]) -> dict[str, Dataset]:
 def _chat(row: dict[str, Any], index: int, others: Sequence[str], suite: Mapping[str, Dataset]) -> dict[str, Any]:
     first = others[index % len(others)]
     opening = suite[first][index // len(others) % len(suite[first])]
-    return {**row, "prompt": f"{opening['prompt']}{opening['target']}{END_OF_TURN}{row['prompt']}", "first": first}
+    return {**row, "prompt": second_turn(opening, row), "first": first}
+
+
+def second_turn(opening: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The prompt of a chat that asks a row after another row and its right answer."""
+    return f"{opening['prompt']}{opening['target']}{END_OF_TURN}{row['prompt']}"
 
 
 def distinct(drawn: Iterator[RowT | None], size: int, taken: set[str]) -> Iterator[RowT]:

@@ -331,13 +331,13 @@ def _language(name: str, data_dir: str | Path | None) -> Parts:
 
 def _general(name: str, data_dir: str | Path | None) -> Parts:
     """A task of smollm-general, asked in the way that its name ends with: "sentiment", "sentiment-second"."""
-    from hf_fusion.assets.general_tasks import WAYS, asked, find
-    from hf_fusion.assets.language_tasks import TEST_ROWS
+    from hf_fusion.assets.general_tasks import TASKS, WAYS, asked
+    from hf_fusion.assets.language_tasks import TEST_ROWS, task_named
 
     task, _, way = name.rpartition("-")
     if way not in WAYS:
         task, way = name, "alone"
-    declared = find(task)
+    declared = task_named(task, TASKS)
     seen = declared.trained if declared.held_in else 0
     drawn = asked(declared, way, "train", seen + LANGUAGE_FIT_ROWS, data_dir)
     found = {"validation": drawn.select(range(min(seen, len(drawn)), len(drawn)))}

@@ -40,7 +40,7 @@ class AttentionFuser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Floating-point type of the weights."""
         return self.names.dtype
 
     @property

@@ -59,7 +59,7 @@ class GatedFuser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Floating-point type of the weights."""
         return self.bias.dtype
 
     @property

@@ -33,7 +33,7 @@ class Routing:
         version: of the modules, see `RoutingCalls`.
         shared: routed module -> the input that it read last and its routing, for its other linears.
         examples: B, the number of examples that the call reads; 0 if unknown.
-        evidence: index of a `GatePoint` -> the scores (N, E) of its own input.
+        evidence: index of a `GatePoint` -> the experts' scores (N, E) for the input that it reads.
         decisions: index of a `GatePoint` -> the chosen experts and their weights, (N, k) each.
     """
 

@@ -102,7 +102,7 @@ class GatedFit:
         self.outputs = 0 if config.vocabularies else config.num_outputs
 
     def design(self, rows: torch.Tensor | None = None, subsets: int = 0) -> Design:
-        """Of some rows, or all; `subsets` repeats them with experts left out at random."""
+        """Features of all rows, or of some; `subsets` repeats them with experts left out at random."""
         parts = self.parts if rows is None else [part[rows] for part in self.parts]
         if not subsets:
             return Design(parts, self.outputs)

@@ -26,7 +26,7 @@ class Design:
         parts: of each expert, logits and embedding (N, C + d_k).
         outputs: C.
         queried: sets of experts (M, N, K) for which the rows are repeated; None for all experts once.
-        directions: at most so many.
+        directions: the maximum number of principal directions.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Design:
             self.rows = torch.cat([each / count for each, count in zip(sets, asked, strict=True)])
 
     def _axes(self) -> tuple[torch.Tensor, ...]:
-        """Of each expert's features."""
+        """The directions, split into each expert's features."""
         found: tuple[torch.Tensor, ...] = torch.split(self.axes, self.widths)
         return found
 

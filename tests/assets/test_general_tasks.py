@@ -166,7 +166,7 @@ def test_the_suite_reads_its_rows():
 
 
 def test_faults_are_named():
-    with pytest.raises(FusionError, match="there is no task 'reversa'") as error:
+    with pytest.raises(FusionError, match="unknown task 'reversa'") as error:
         rows("reversa", "test", 5)
     assert "reversal" in error.value.hint
     with pytest.raises(FusionError, match="the data set 'sst2' was not found"):
