@@ -281,6 +281,14 @@ def _labels(row: Mapping[str, Any]) -> list[str]:
     return [shown_labels] if labels else []
 
 
+# loss that was minimised → how that is said
+ADAPTED = {
+    "labels": "Adapted with labels",
+    "expert": "Adapted without labels, by imitating each task's expert",
+    "entropy": "Adapted without labels, by minimising the entropy of predictions",
+}
+
+
 def adaptation(config: Any) -> str:
     """How the routers were adapted, in one sentence."""
     if config.routing == "smile":
@@ -292,10 +300,6 @@ def adaptation(config: Any) -> str:
             "so the model predicts as task arithmetic does."
         )
     rows = sum(how["rows"].values())
-    summary = (
-        "Adapted with labels"
-        if how["loss"] == "labels"
-        else "Adapted without labels, by minimising the entropy of predictions"
-    )
+    summary = ADAPTED.get(how["loss"], "Adapted")
     summary += f": {how['steps']:,} steps on {count(rows, 'row')} of {count(len(how['rows']), 'task')}."
     return f"{summary} Stopped early: {how['stopped']}" if how.get("stopped") else summary

@@ -263,6 +263,8 @@ def test_the_parts_have_numbers_and_shares(space):
             "Adapted without labels, by minimising the entropy of predictions: 1,000 steps on 5 rows of 2 tasks.",
         ),
         ({"loss": "labels"}, "Adapted with labels: 1,000 steps"),
+        ({"loss": "expert"}, "Adapted without labels, by imitating each task's expert: 1,000 steps"),
+        ({"loss": "another"}, "Adapted: 1,000 steps"),
         ({"loss": "entropy", "stopped": "a narrowed"}, "Stopped early: a narrowed"),
     ],
 )
