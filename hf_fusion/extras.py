@@ -34,6 +34,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "rouge_score": "rouge-score",
     "reasoning_gym": "reasoning-gym",
+    "lm_eval": "lm-eval",
     "g2p_en": "g2p-en",
     "levenshtein": "python-Levenshtein",
     "pytorch_quantization": "pytorch-quantization",

@@ -46,7 +46,7 @@ def test_extras_table_matches_commands_and_pyproject():
 
 def test_quickstart_lists_every_extra():
     table = (REPO / "docs/quickstart.md").read_text().partition("| extra | needed for |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == EXTRAS - {"dev"}
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == EXTRAS - {"dev"}
     for words, extra in NEEDS.items():
         assert f"`hf-fusion {words}`" in next(line for line in table.splitlines() if line.startswith(f"| `{extra}`"))
 

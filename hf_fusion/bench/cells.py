@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.intervals import Z95
+from hf_fusion.evaluation.results import FUSED, RESULTS_FILE, Results
 from hf_fusion.io.files import read_text
 from hf_fusion.io.saving import in_folder, write_file
+from hf_fusion.recipe import RECIPE_FILE, Recipe
 
 Status = Literal["measured", "failed", "left out"]
 STATUS_WORDS = {"left out": "not applicable"}  # status → what tables and progress call it, where that differs
 CLEAN = "clean"
+_FAMILIES = {"foe": "fusion", "ensemble": "ensemble", "phatgoose": "routing", "wemoe": "mixture"}
 ALL = "all"
 
 
@@ -129,12 +133,17 @@ def write_cell(folder: str | Path, cell: Cell) -> Path:
 def read_cells(source: str | Path) -> list[Cell]:
     """The cells of a run's folder (one file each), or of `.jsonl` files (one line each), in the order of their paths.
 
+    Of a fused model's folder, or its ``results.json``, they are the scores of lm-evaluation-harness.
+
     Raises:
         FusionError: there are no cells, or a line is not a cell.
     """
     source = Path(source)
     files = [source] if source.is_file() else sorted([*source.rglob("*.json"), *source.rglob("*.jsonl")])
-    cells: dict[Path, Cell] = {}
+    measured = [file for file in files if file.name == RESULTS_FILE]
+    models = {file.parent for file in measured}  # whose other files are no cells
+    files = [file for file in files if models.isdisjoint(file.parents)]
+    cells: dict[Path, Cell] = {cell.path: cell for file in measured for cell in harness_cells(file)}
     for file in files:
         if file.name.startswith(".") or file.name == LEADERBOARD:
             continue
@@ -153,6 +162,56 @@ def read_cells(source: str | Path) -> list[Cell]:
     if not cells:
         raise FusionError(f"{source} contains no cells", hint=f"hf-fusion bench run --suite NAME --output {source}")
     return [cells[path] for path in sorted(cells)]
+
+
+def harness_cells(file: Path) -> list[Cell]:
+    """What lm-evaluation-harness found for a fused model and what was run beside it, as rows of the leaderboard.
+
+    The suite is "lm-eval", with the limit of documents if there was one; a task is a column for each metric and number
+    of few-shot examples. The variant is the name of the model's folder.
+
+    Args:
+        file: ``results.json`` in a model's folder.
+
+    Raises:
+        FusionError: it is not such a file, or the harness was not run on the model.
+    """
+    results, folder = Results.load(file), file.resolve().parent
+    if not results.harness:
+        raise FusionError(
+            f"{file} has no scores of lm-evaluation-harness", f"hf-fusion eval {file.parent} --harness TASK"
+        )
+    recipe = Recipe.load(folder) if (folder / RECIPE_FILE).exists() else None
+    method = recipe.method if recipe else folder.name
+    fused: dict[str, Any] = {"method": method, "family": _FAMILIES.get(method, "merge"), "variant": folder.name}
+    fused["parameters"] = recipe.parameters if recipe else {}
+    cells = []
+    for run in results.harness:
+        limit = run.settings.get("limit")
+        shared: dict[str, Any] = {
+            "suite": f"lm-eval, first {limit}" if limit else "lm-eval",
+            "command": run.command,
+            "machine": run.machine,
+            "versions": {"lm_eval": str(run.settings.get("lm_eval", ""))},
+        }
+        for score in run.shown():
+            row: dict[str, Any] = fused
+            if score.kind != FUSED:
+                method = "pretrained" if score.kind == "base" else f"expert:{score.predictor}"
+                row = {"method": method, "family": "floor" if score.kind == "base" else "expert"}
+            half = 0.0 if score.stderr is None else Z95 * score.stderr
+            cells.append(
+                Cell(
+                    task=f"{score.task}, {score.metric}" + (f", {score.shots}-shot" if score.shots else ""),
+                    metric=score.metric,
+                    score=score.score,
+                    ci95=None if score.stderr is None else (score.score - half, score.score + half),
+                    n=score.n,
+                    **row,
+                    **shared,
+                )
+            )
+    return cells
 
 
 def write_lines(path: str | Path, cells: Iterable[Cell], brief: bool = False) -> None:

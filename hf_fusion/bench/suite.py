@@ -50,7 +50,9 @@ METRICS = {
     "absolute_error": "mean absolute error of the depth",
     "angle": "mean angle to the true surface normals, in degrees",
 }
-LOWER = frozenset({"perplexity", "absolute_error", "angle"})
+HARNESS_LOWER = frozenset({"word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score", "mse"})
+"""Those of lm-evaluation-harness for which lower is better."""
+LOWER = frozenset({"perplexity", "absolute_error", "angle"}) | HARNESS_LOWER
 """Metrics for which lower is better; unlike all others they are not shares from 0 to 1."""
 OUR_COLUMNS = ("text", "text_pair", "image", "label")
 

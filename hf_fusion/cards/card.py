@@ -17,9 +17,10 @@ from hf_fusion.cards.citations import bibtex, software
 from hf_fusion.cards.commands import Commands, measured_columns
 from hf_fusion.cards.facts import CardFacts, card_contents, read_facts
 from hf_fusion.cards.markdown import FILTERS, code, fenced, repo_path
-from hf_fusion.cards.result_tables import result_tables
+from hf_fusion.cards.result_tables import harness_tables, result_tables
 from hf_fusion.cards.usage import usage_block
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.harness_results import URL
 from hf_fusion.evaluation.results import FRUGAL, FUSED
 from hf_fusion.hub.client import in_parallel
 from hf_fusion.hub.discover import read_info
@@ -127,9 +128,11 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 def _model_index(facts: CardFacts) -> dict[str, Any]:
     """The model's own scores as ``model-index`` metadata; empty if it was not evaluated."""
     results = facts.measured
+    runs = results.harness if results else []
     measured = [(p, task) for p in results.predictors for task in results.tasks] if results else []
     measured = [(p, task) for p, task in measured if p.kind in (FUSED, FRUGAL) and task.name in p.scores]
-    if not measured:
+    scores = [(score, run) for run in runs for score in run.shown() if score.kind == FUSED]
+    if not measured and not scores:
         return {}
 
     from huggingface_hub import EvalResult
@@ -147,6 +150,21 @@ def _model_index(facts: CardFacts) -> dict[str, Any]:
             metric_value=round(predictor.scores[task.name].score, 4),
         )
         for predictor, task in measured
+    ]
+    rows += [
+        EvalResult(
+            task_type=facts.pipeline_tag,
+            dataset_type=score.dataset or score.task,
+            dataset_name=score.task,
+            dataset_args={"num_few_shot": score.shots, "n": score.n},
+            metric_type=score.metric.partition(",")[0],
+            metric_name=f"{score.metric} ({score.shots}-shot)",
+            metric_value=round(score.score, 4),
+            metric_args=None if score.stderr is None else {"stderr": round(score.stderr, 4)},
+            source_name=f"lm-evaluation-harness {run.settings.get('lm_eval', '')}".strip(),
+            source_url=URL,
+        )
+        for score, run in scores
     ]
     return {"model-index": eval_results_to_model_index(facts.repo_id.rpartition("/")[2], rows)}
 
@@ -179,6 +197,7 @@ def _render_body(facts: CardFacts) -> str:
         name=escape_markdown(facts.name),
         task=escape_markdown(facts.pipeline_tag.replace("-", " ")),
         results=result_tables(facts),
+        harness=harness_tables(facts),
         command=code(facts.results["command"]) if facts.results and facts.results.get("command") else "",
         machine=escape_markdown(facts.results.get("machine")) if facts.results else "",
         install=fenced(commands.install, "sh"),

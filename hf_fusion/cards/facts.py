@@ -204,7 +204,7 @@ def _read_results(results: Results | Mapping[str, Any] | None, folder: Path, fam
     elif isinstance(results, Mapping):
         results = Results.from_dict(results)
     by_task = family not in FAMILIES or FAMILIES[family].by_task
-    if results.pooled == by_task:
+    if results.tasks and results.pooled == by_task:
         raise FusionError(
             f"the results are not those of a model of the family {family}, which is evaluated "
             f"{'task by task' if by_task else 'on one data set'}",

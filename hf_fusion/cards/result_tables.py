@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_fusion.cards.markdown import NO_BREAK_DASH, NO_BREAK_SPACE
+from hf_fusion.cards.markdown import NO_BREAK_DASH, NO_BREAK_SPACE, code
+from hf_fusion.evaluation.harness_results import HarnessRun, HarnessScore
 from hf_fusion.evaluation.intervals import Score
 from hf_fusion.evaluation.results import FRUGAL, FUSED, HELD_IN, HELD_OUT, MeasuredTask, PredictorScores, Results
 
@@ -82,6 +83,48 @@ class ResultTables:
     data: str
     in_percent: bool
     metrics: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class HarnessTable:
+    """What a card says of one run of lm-evaluation-harness.
+
+    Attributes:
+        models: names of the models, this one first.
+        rows: task, metric, few-shot examples, documents, and each model's score as text.
+        version: of the harness.
+        command: as Markdown; "" if it is not known.
+        machine: what it ran on.
+    """
+
+    models: tuple[str, ...]
+    rows: tuple[tuple[str, str, int, int, tuple[str, ...]], ...]
+    version: str
+    command: str
+    machine: str
+
+
+def harness_tables(facts: CardFacts) -> tuple[HarnessTable, ...]:
+    """The runs of lm-evaluation-harness on a card."""
+    return tuple(_harness_table(run) for run in (facts.measured.harness if facts.measured else ()))
+
+
+def _harness_table(run: HarnessRun) -> HarnessTable:
+    models = {score.predictor: "this model" if score.kind == FUSED else score.predictor for score in run.scores}
+    rows: dict[tuple[str, str], dict[str, HarnessScore]] = {}
+    for score in run.shown():
+        rows.setdefault((score.task, score.metric), {})[score.predictor] = score
+    return HarnessTable(
+        tuple(models.values()),
+        tuple(
+            (task, metric, first.shots, first.n, tuple(str(scores.get(name, "–")) for name in models))
+            for (task, metric), scores in rows.items()
+            for first in [next(iter(scores.values()))]
+        ),
+        str(run.settings.get("lm_eval", "")),
+        code(run.command) if run.command else "",
+        run.machine,
+    )
 
 
 def result_tables(facts: CardFacts) -> ResultTables | None:

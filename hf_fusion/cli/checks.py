@@ -15,7 +15,7 @@ from hf_fusion.data import read_columns
 from hf_fusion.errors import FusionError, listed, nearest, path_suggestion, suggestion
 from hf_fusion.families import FAMILIES, Family
 from hf_fusion.hub.refs_to_files import repo_ref
-from hf_fusion.hub.task_heads import Head, architectures, head_of_adapter, head_of_architecture
+from hf_fusion.hub.task_heads import WRITERS, Head, architectures, head_of_adapter, head_of_architecture
 from hf_fusion.io.folders import recover_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.recipe import RECIPE_FILE
@@ -86,6 +86,25 @@ def columns_to_evaluate(config: dict[str, Any], label: str) -> Columns:
         head = head_of_architecture(next(iter(architectures(config)), None))
         needed = COLUMNS_BY_HEAD.get(head.auto, ()) if head else ()
     return [(label,) if column == ("label",) else column for column in needed]
+
+
+def check_writes(config: dict[str, Any], folder: str) -> None:
+    """Check that a model is a language model, if its config determines it.
+
+    Raises:
+        FusionError: it is not.
+    """
+    if family_of_config(config):
+        what, writes = f"has the head {config.get('head')}", config.get("head") in ("causal-lm", "seq2seq-lm")
+    else:
+        name = next(iter(architectures(config)), None)
+        head = head_of_architecture(name)
+        what, writes = f"is a {name}", head is None or head.auto in WRITERS
+    if not writes:
+        raise FusionError(
+            f"{folder} {what}, but lm-evaluation-harness runs language models",
+            f"measure it on labelled rows: hf-fusion eval {folder} --data DATA",
+        )
 
 
 def columns_to_fit(config: dict[str, Any], by: str, label: str, expert: str) -> Columns:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fusion.cli.checks import (
     check_columns,
     check_known_columns,
+    check_writes,
     columns_to_evaluate,
     family_of_config,
     pools_rows,
@@ -19,7 +20,7 @@ from hf_fusion.cli.checks import (
 )
 from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
-from hf_fusion.cli.parser import COUNT, add_consent
+from hf_fusion.cli.parser import COUNT, add_consent, at_least
 from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.extras import need
 from hf_fusion.families import family_of
@@ -36,27 +37,119 @@ EXAMPLES = (
         "hf-fusion eval fused --data me/rows --split test --format json",
         "on a data set on the Hub; the results are printed as JSON",
     ),
+    (
+        "hf-fusion eval fused --harness arc_easy,tasks/mine.yaml --compare",
+        "on tasks of lm-evaluation-harness, beside each expert and the base",
+    ),
 )
+ROWS = ("split", "label_column", "expert_column", "task_column")
+HARNESS = ("fewshot", "limit", "compare")
+BATCH_SIZE, HARNESS_BATCH_SIZE = 32, 1  # the second is the harness's own default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the data and their columns."""
     parser.add_argument("folder", metavar="MODEL_DIR", help="a fused model's folder; results.json is written into it")
     parser.add_argument(
-        "--data", required=True, help="a Parquet, CSV or JSON file, a folder, or a data set's id on the Hub"
+        "--data", help="labelled rows: a Parquet, CSV or JSON file, a folder, or a data set's id on the Hub"
     )
-    parser.add_argument("--split", default="test", help="split of a folder or a data set on the Hub (default: test)")
+    parser.add_argument("--split", help="split of a folder or a data set on the Hub (default: test)")
     parser.add_argument("--label-column", metavar="NAME", help="column with the label (default: label)")
     parser.add_argument(
         "--expert-column", metavar="NAME", help="column with the expert of the row's domain (default: expert)"
     )
     parser.add_argument("--task-column", metavar="NAME", help="column with the task (default: task); not for a FoE")
+    group = parser.add_argument_group("lm-evaluation-harness, in place of --data")
+    group.add_argument(
+        "--harness", action="append", metavar="TASK[,TASK]",
+        help="tasks to run: names of the harness, YAML files, or folders of them",
+    )  # fmt: skip
+    group.add_argument(
+        "--fewshot", type=at_least(0), metavar="N", help="examples before each document (default: as each task says)"
+    )
+    group.add_argument("--limit", type=COUNT, metavar="N", help="only the first N documents of each task")
+    group.add_argument("--compare", action="store_true", help="run each expert and the base as well")
     add_consent(parser, "the model's folder and of the experts that its fusion.yaml pins")
-    parser.add_argument("--batch-size", type=COUNT, default=32, metavar="N", help="examples per step (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=COUNT, metavar="N",
+        help=f"examples per step (default: {BATCH_SIZE}; with --harness {HARNESS_BATCH_SIZE}, as the harness itself)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Out) -> None:
     """Evaluate, save the results and print them."""
+    if (args.data is None) == (args.harness is None):
+        raise UsageError(
+            "a model is evaluated on labelled rows or on tasks of the harness",
+            "write --data DATA or --harness TASK",
+        )
+    for name in HARNESS if args.data else ROWS:
+        if getattr(args, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} goes with {'--harness' if args.data else '--data'}", f"omit {option}")
+    (_run_rows if args.data else _run_harness)(args, out)
+
+
+def _run_harness(args: argparse.Namespace, out: Out) -> None:
+    """Run tasks of lm-evaluation-harness; of an earlier evaluation the rest is kept."""
+    check_writes(read_model_config(args.folder), args.folder)
+    need("lm-eval", "hf-fusion eval --harness")
+    from hf_fusion.evaluation.harness_tasks import path_of_task
+
+    words = [word for words in args.harness for word in words.split(",") if word]
+    for word in words:
+        path_of_task(word)  # raises for files that do not exist
+    with loading_libraries():
+        import hf_fusion.evaluation.evaluate
+        from hf_fusion.cards.card import write_card
+        from hf_fusion.hub.provenance import has_recipe, read_recipe
+        from hf_fusion.merging.methods import MERGE_METHODS
+
+    earlier = _earlier(args.folder)
+    consent = ["--trust-remote-code"] if args.trust_remote_code else []
+    compare = ["--compare"] if args.compare else []
+    given = [*(("--harness", word) for word in words), ("--fewshot", args.fewshot), ("--limit", args.limit)]
+    given.append(("--batch-size", args.batch_size))
+    options = [word for name, value in given if value is not None for word in (name, str(value))]
+    results = hf_fusion.evaluation.evaluate.evaluate(
+        args.folder,
+        harness=words,
+        fewshot=args.fewshot,
+        limit=args.limit,
+        compare=args.compare,
+        batch_size=args.batch_size or HARNESS_BATCH_SIZE,
+        trust_remote_code=args.trust_remote_code,
+        command=shlex.join(["hf-fusion", "eval", args.folder, *options, *compare, *consent]),
+    )
+    [run] = results.harness
+    path = _save(results, earlier, args.folder)
+    if has_recipe(args.folder) and read_recipe(args.folder).method in MERGE_METHODS:
+        write_card(args.folder)  # with the results
+    out.table(run.table(), title="scores of lm-evaluation-harness, ± standard error", data=asdict(results))
+    out.log(f"The results were written to {path}")
+    out.hint(f"hf-fusion publish {args.folder} OWNER/NAME --dry-run")
+
+
+def _earlier(folder: str) -> Results | None:
+    """The results of earlier evaluations, if there are any."""
+    from hf_fusion.evaluation.results import RESULTS_FILE, Results
+
+    path = Path(folder) / RESULTS_FILE
+    return Results.load(path) if path.exists() else None
+
+
+def _save(results: Results, earlier: Results | None, folder: str) -> Path:
+    """Write the results into the model's folder, with what earlier evaluations found and this one did not measure."""
+    from hf_fusion.evaluation.results import RESULTS_FILE
+
+    path = Path(folder) / RESULTS_FILE
+    (results.with_earlier(earlier) if earlier else results).save(path)
+    return path
+
+
+def _run_rows(args: argparse.Namespace, out: Out) -> None:
+    """Evaluate on labelled rows."""
+    args.split, args.batch_size = args.split or "test", args.batch_size or BATCH_SIZE
     config = read_model_config(args.folder)
     family = family_of_config(config)
     if args.task_column and family and not family.by_task:
@@ -81,17 +174,16 @@ def run(args: argparse.Namespace, out: Out) -> None:
         import hf_fusion.evaluation.evaluate
         import hf_fusion.fusion  # noqa: F401
         from hf_fusion.cards.card import write_card
-        from hf_fusion.evaluation.results import RESULTS_FILE
         from hf_fusion.hub.provenance import has_recipe, read_recipe
         from hf_fusion.merging.methods import MERGE_METHODS
 
+    earlier = _earlier(args.folder)
     recipe = read_recipe(args.folder) if has_recipe(args.folder) else None
     evaluate_model: Callable[..., Results] = _evaluate_static
     if recipe is not None and recipe.method not in MERGE_METHODS:
         evaluate_model = EVALUATORS[family_of(recipe.method).name]
     results = evaluate_model(args, rows, recipe, options)
-    path = Path(args.folder) / RESULTS_FILE
-    results.save(path)
+    path = _save(results, earlier, args.folder)
     if evaluate_model is _evaluate_static and recipe is not None:
         write_card(args.folder)  # with the results
     metric, shown = (results.tasks[0].metric, "") if results.pooled else (None, ", with 95 % intervals")

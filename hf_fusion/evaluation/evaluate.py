@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.evaluation.fusion import measure_foe
+from hf_fusion.evaluation.harness import measure_harness
 from hf_fusion.evaluation.merging import measure_merged, measure_static
 from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.routing import measure_routing
@@ -54,7 +55,11 @@ def _measure_of(model: object) -> tuple[str, Callable[..., Results], bool]:
 
 
 def evaluate(
-    model: ExpertLike | CoefficientMerge | Sequence[ExpertLike], data: Dataset | Mapping[str, Dataset], **options: Any
+    model: ExpertLike | CoefficientMerge | Sequence[ExpertLike],
+    data: Dataset | Mapping[str, Dataset] | None = None,
+    *,
+    harness: str | Sequence[str] | None = None,
+    **options: Any,
 ) -> Results:
     """Measures a fused model beside its experts and simpler ways to use them.
 
@@ -78,11 +83,16 @@ def evaluate(
 
     Batches are divided among the processes of ``accelerate launch``, all of which must call this.
 
+    Language models also run tasks of lm-evaluation-harness, in place of labelled rows:
+
+        evaluate(model, harness=["arc_easy", "tasks/mine.yaml"], fewshot=5, limit=100, compare=True)
+
     Args:
         model: a fused model; of a static merge also its folder or its id on the Hub; of PHATGOOSE also a list of its
             experts, adapters with gates, as `load_experts` takes them.
         data: labelled rows that nothing was fitted on: one data set with columns ``text``, ``prompt`` or ``image`` and
             ``label`` or ``target`` for a FoE; task → data set for all others.
+        harness: tasks of lm-evaluation-harness, with the options of `hf_fusion.evaluation.harness.measure_harness`.
         options: of the family, see above. All families have ``batch_size``, rows per step, and ``command``, which is
             stored in the results.
 
@@ -95,6 +105,19 @@ def evaluate(
     """
     if isinstance(model, tuple) and any(hasattr(part, "forward") for part in model):
         raise FusionError("evaluate takes a model, not the pair (model, recipe)", "evaluate(load_fused(folder)[0], …)")
+    if (data is None) == (harness is None):
+        raise FusionError(
+            "evaluate takes labelled rows or tasks of the harness, one of the two",
+            "evaluate(model, rows) or evaluate(model, harness=['TASK.yaml'])",
+        )
+    if harness is not None:
+        if isinstance(model, (CoefficientMerge, Sequence)) and not isinstance(model, str):
+            raise FusionError("the harness runs one model", "fuse the experts first: hf_fusion.fuse(…)")
+        if unknown := [name for name in options if name not in _options_of(measure_harness)]:
+            hint = suggestion(unknown[0], _options_of(measure_harness))
+            raise FusionError(f"evaluate has no option {unknown[0]!r} for tasks of the harness", hint)
+        return measure_harness(model, harness, **options)
+    assert data is not None
     title, measure, by_task = _measure_of(model)
     known = {*_options_of(measure_routing), "experts"} if measure is _of_router else {*_options_of(measure)}
     if unknown := [name for name in options if name not in known]:

@@ -193,7 +193,7 @@ def measure_static(
     names: list[str] = []
     like: _Outputs | None = None
     for kind, given in queue:  # which grows where an adapter records its base
-        expert = _loaded(given, options, base if kind == "expert" else None)
+        expert = load_whole(given, options, base if kind == "expert" else None)
         outputs = _Outputs.of(expert)
         like = like or outputs
         name = {FUSED: MERGED, "base": "base"}.get(kind, expert.name)
@@ -241,7 +241,7 @@ class _Outputs:
         return f"the classes {', '.join(self.labels[:6])}" if self.labels else f"the head of {self.head}"
 
 
-def _loaded(given: ExpertLike | ModelRef, options: Mapping[str, Any], start: ExpertLike | None = None) -> Expert:
+def load_whole(given: ExpertLike | ModelRef, options: Mapping[str, Any], start: ExpertLike | None = None) -> Expert:
     """A model as it answers: an adapter in the weights of its base, the one before a plus, or what all start from."""
     base, model = ModelRef.parse_pair(given) if isinstance(given, str) else (None, given)
     name = str(model) if isinstance(model, ModelRef) else model
@@ -287,4 +287,4 @@ class _Individual:
             return self.merge.dense(task)
 
 
-__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "TaskModel", "measure_merged", "measure_static"]
+__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "TaskModel", "load_whole", "measure_merged", "measure_static"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_fusion.errors import FusionError
+from hf_fusion.evaluation.harness_results import HarnessRun, add_run
 from hf_fusion.evaluation.intervals import Score
 from hf_fusion.io.json_files import read_json
 from hf_fusion.io.saving import write_file
@@ -102,6 +103,8 @@ class Results:
         settings: top_k, temperature, seed and whatever else determines the scores.
         command: the command that repeats the measurement.
         machine: what it ran on.
+        harness: runs of lm-evaluation-harness, whose tasks have their own rows and metrics; without them, tasks and
+            predictors, all of the above are of labelled rows.
     """
 
     tasks: list[MeasuredTask]
@@ -111,6 +114,7 @@ class Results:
     settings: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     machine: str = ""
+    harness: list[HarnessRun] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PredictorScores:
         """The predictor of that name."""
@@ -138,6 +142,13 @@ class Results:
         return max(
             (p for p in self.predictors if p.kind == kind and group in p.means), key=lambda p: p.means[group].score
         )
+
+    def with_earlier(self, earlier: Results) -> Results:
+        """These results, and of earlier ones what was not measured again: labelled rows, or tasks of the harness."""
+        runs = earlier.harness
+        for run in self.harness:
+            runs = add_run(runs, run)
+        return replace(self if self.tasks else earlier, harness=runs)
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, all of it or nothing."""
@@ -202,8 +213,9 @@ class Results:
         return rows
 
     def text(self) -> str:
-        """All tables as text: the predictors, the fused model's lead over each, the single experts."""
-        return "\n\n".join(aligned(rows) for rows in self._tables() if rows)
+        """All tables as text: the predictors, the fused model's lead over each, the single experts; the harness's."""
+        tables = [*self._tables(), *(run.table() for run in self.harness)]
+        return "\n\n".join(aligned(rows) for rows in tables if rows)
 
     def _repr_html_(self) -> str:
         captions = (
@@ -211,11 +223,9 @@ class Results:
             "",
             "Single experts",
         )
-        return "".join(
-            table_of_rows(first_of(rows, "rows"), caption, right=True)
-            for rows, caption in zip(self._tables(), captions, strict=True)
-            if rows
-        )
+        tables = [*zip(self._tables(), captions, strict=True)]
+        tables += [(run.table(), "lm-evaluation-harness, ± standard error") for run in self.harness]
+        return "".join(table_of_rows(first_of(rows, "rows"), caption, right=True) for rows, caption in tables if rows)
 
     def _tables(self) -> tuple[list[dict[str, str]], ...]:
         """The predictors, the fused model's lead over each, the single experts; empty where there are none."""

@@ -65,6 +65,8 @@ HEADS = (
         "FEATURE_EXTRACTION",
     ),
 )
+WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+"""Auto classes of language models."""
 TASKS = tuple(task for head in HEADS for task in head.tasks)
 
 

@@ -16,7 +16,8 @@ FILE = "leaderboard.json"
 ALL, CLEAN = "all", "clean"
 HELD_IN, HELD_OUT = "held-in", "held-out"
 FLOOR, FUSED, CEILING = "floor", "fused", "ceiling"
-LOWER = frozenset({"perplexity", "absolute_error", "angle"})  # less is better; not a share
+HARNESS_LOWER = frozenset({"word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score", "mse"})
+LOWER = frozenset({"perplexity", "absolute_error", "angle"}) | HARNESS_LOWER  # less is better; not a share
 
 
 class EmptyError(Exception):
