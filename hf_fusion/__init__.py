@@ -10,6 +10,7 @@ Find
 Fuse
     fuse                  one model of several experts, by a family's method or a static merge
     merge                 a static merge from folder to folder, tensor by tensor, in little memory
+    extract_lora          a full fine-tune as a LoRA adapter, with the error of each module
     load_recipe           read fusion.yaml, or a recipe of mergekit or mergekit-moe
     save_fused            write a fused model with its processor and fusion.yaml
     load_fused            read it back
@@ -65,6 +66,7 @@ if TYPE_CHECKING:  # where editors and type checkers find the names
     from hf_fusion.hub.discover import discover as discover
     from hf_fusion.hub.gates_file import save_gates as save_gates
     from hf_fusion.hub.load import load_experts as load_experts
+    from hf_fusion.merging.extract_lora import extract_lora as extract_lora
     from hf_fusion.merging.merge import merge as merge
     from hf_fusion.merging.recipe_files import load_recipe as load_recipe
     from hf_fusion.publishing.publish import publish as publish
@@ -97,6 +99,7 @@ _PUBLIC = {
         "load_fused",
         "save_fused",
     ),
+    "merging.extract_lora": ("extract_lora",),
     "merging.merge": ("merge",),
     "merging.recipe_files": ("load_recipe",),
     "recipe": (

@@ -232,6 +232,7 @@ class Adapter:
         embeddings: paths in `lora` that are embeddings; there A is (r, width) and B is (tokens, r).
         rows: module path of an embedding -> indices of its rows (n,) and their replacements (n, width): PEFT's
             ``trainable_token_indices``. Weights that are tied to the embedding get these rows as well.
+        biases: module path in `lora` -> what is added to the layer's bias (d_out,): PEFT's ``lora_bias``.
     """
 
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -242,6 +243,7 @@ class Adapter:
     model_class: str = ""
     embeddings: frozenset[str] = frozenset()
     rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def base_ref(self) -> ModelRef | None:

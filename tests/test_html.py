@@ -27,6 +27,7 @@ from hf_fusion.evaluation.results import MeasuredTask, PredictorScores, Results
 from hf_fusion.hub.compat import Compatibility, Rejected
 from hf_fusion.hub.discover import Experts
 from hf_fusion.hub.rejection_reasons import Reason, ReasonKind
+from hf_fusion.merging.extraction_report import ExtractedPart, Extraction
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.models.fused_html import LONGEST, MOST_COLUMNS, MOST_ROWS
 from hf_fusion.models.fused_summary import Summary
@@ -250,6 +251,7 @@ def hostile() -> list[object]:
         Summary(facts),
         recipe,
         MergeReport(Path(EVIL), recipe, 1, 1, 1, warnings=[EVIL]),
+        Extraction(Path(EVIL), EVIL, EVIL, (ExtractedPart(EVIL, "left out", 1, note=EVIL),), 1, 1.0),
         Fit("mlp", 1, 1, 1.0, None, None, [EVIL], [Scored(EVIL, 1.0, 0.5)]),
         Adaptation("expert", 0, 1, 1, rows={EVIL: 1}, stopped=EVIL),
         Results([MeasuredTask(EVIL, EVIL, 1, pooled=True)], [PredictorScores(EVIL, "fused", {EVIL: score(0.5)})]),

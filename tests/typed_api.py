@@ -12,6 +12,7 @@ from typing_extensions import assert_type
 import hf_fusion as hf
 from hf_fusion.evaluation.results import Results
 from hf_fusion.hub.discover import Experts
+from hf_fusion.merging.extraction_report import Extraction
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.models.fused_summary import Summary
 from hf_fusion.publishing.push import PublishResult
@@ -46,6 +47,7 @@ def fuse(experts: list[hf.Expert]) -> None:
     assert_type(hf.PhatgooseForGeneration.from_experts(experts).config, hf.PhatgooseConfig)
     assert_type(hf.WEMoEForGeneration.from_experts(experts).config, hf.WEMoEConfig)
     assert_type(hf.merge(hf.load_recipe("recipe.yaml"), "folder"), MergeReport)
+    assert_type(hf.extract_lora("me/tuned", "me/base", Path("folder"), rank=16), Extraction)
 
 
 def fit(foe: hf.FoEModel, wemoe: hf.WEMoEModel, rows: Dataset) -> None:

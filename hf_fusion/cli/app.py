@@ -22,6 +22,7 @@ from hf_fusion.progress import reporting
 COMMANDS = {
     "discover": "find experts on the Hub and check which are compatible",
     "fuse": "fuse several experts into one model",
+    "extract-lora": "turn a full fine-tune into a LoRA adapter",
     "methods": "list the fusion methods, or describe one",
     "fit": "train the fuser or routers of a fused model, or the gates of an adapter",
     "eval": "evaluate a fused model beside its experts and baselines",
@@ -98,7 +99,7 @@ def _discard_stdout() -> None:
 
 def command(name: str) -> ModuleType:
     """The module of a command."""
-    return import_module(f"{__package__}.{name}")
+    return import_module(f"{__package__}.{name.replace('-', '_')}")
 
 
 def build_parser(*wanted: str | None) -> Parser:

@@ -96,6 +96,7 @@ def rename_adapter(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         saved={names[key]: tensor for key, tensor in adapter.saved.items()},
         embeddings=frozenset(paths[path] for path in adapter.embeddings),
         rows={paths[path]: rows for path, rows in adapter.rows.items()},
+        biases={paths[path]: bias for path, bias in adapter.biases.items()},
     )
 
 
@@ -238,6 +239,12 @@ def refuse_sizes(placed: PlacedAdapter, shapes: Mapping[str, tuple[int, ...]], c
         if name and tuple(shapes[name]) not in (update, update[::-1]):
             raise FusionError(
                 f"{called}: {path} has shape {list(shapes[name])} in {base}, but the update has {list(update)}",
+                "name the base that the adapter was trained on: base: owner/name, or owner/base+owner/adapter",
+            )
+    for path, bias in placed.adapter.biases.items():
+        if tuple(shapes.get(placed.names.get(f"{path}.bias", ""), ())) != tuple(bias.shape):
+            raise FusionError(
+                f"{called} changes the bias of {path}, and {base} has no such bias of shape {[*bias.shape]}",
                 "name the base that the adapter was trained on: base: owner/name, or owner/base+owner/adapter",
             )
 

@@ -18,7 +18,7 @@ from hf_fusion.errors import FusionError, shown
 from hf_fusion.hub.formats import ADAPTER_CONFIG
 from hf_fusion.hub.linearized import STEM as LINEARIZED
 from hf_fusion.hub.linearized import as_lora
-from hf_fusion.hub.peft_names import EMBEDDING, LORA, PREFIX, ROWS, plain_keys
+from hf_fusion.hub.peft_names import BIAS, EMBEDDING, LORA, PREFIX, ROWS, plain_keys
 from hf_fusion.hub.rank_patterns import Patterns
 from hf_fusion.io.files import own_file
 from hf_fusion.io.json_files import read_json
@@ -48,6 +48,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "velora_config": (bool, "VeLoRA is not supported"),
 }
 
+# fields that static merges support nevertheless
+_MERGEABLE = ("trainable_token_indices", "lora_bias")
 
 # hints for adapters that can be fused once they are merged into the base
 _MERGE_FIRST = "merge it into its base with PEFT, merge_and_unload() and save_pretrained(), and use that model"
@@ -59,14 +61,14 @@ def config_problems(config: Mapping[str, Any], *, embeddings: bool = False) -> l
 
     Args:
         config: content of the file.
-        embeddings: whether trained rows of embeddings are supported.
+        embeddings: whether trained rows of embeddings and changes of biases are supported.
     """
     if config.get("peft_type") != "LORA":
         return [f"peft_type={shown(config.get('peft_type'))}: only LoRA adapters can be fused"]
     problems = [
         f"{key}={shown(config.get(key))}: {why}"
         for key, (refused, why) in _REFUSED.items()
-        if refused(config.get(key)) and not (embeddings and key == "trainable_token_indices")
+        if refused(config.get(key)) and not (embeddings and key in _MERGEABLE)
     ]
     for key, kind in (
         ("r", int),
@@ -90,8 +92,8 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
         folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``, or the weights of an L-LoRA.
         name: the adapter's name, for errors.
         allow_pickle: read ``adapter_model.bin`` if there are no safetensors.
-        embeddings: also read LoRA on embeddings and trained rows of embeddings, which static merges support and the
-            families of fused models do not.
+        embeddings: also read LoRA on embeddings, trained rows of embeddings and changes of biases, which static merges
+            support and the families of fused models do not.
 
     Returns:
         The adapter: module path of the base -> ``A`` (r, d_in) and ``B`` (d_out, r), with the scaling folded into B;
@@ -104,6 +106,9 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     config = read_json(folder / ADAPTER_CONFIG, name)
     if problems := config_problems(config, embeddings=embeddings):
         hint = _EMBEDS if not config_problems(config, embeddings=True) else _MERGE_FIRST
+        hint += (
+            "; or extract it without biases: hf-fusion extract-lora … --linear-only" if config.get("lora_bias") else ""
+        )
         raise FusionError(f"adapter {name} cannot be fused: {'; '.join(problems)}", hint=hint)
     stored = _tensors(folder, name, allow_pickle)
     stored = as_lora({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, name)
@@ -113,6 +118,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     saved: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     embedded: set[str] = set()
+    biases: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FusionError(f"adapter {name} has NaN or Inf in {key}")
@@ -124,6 +130,8 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
             embedded.add(match[1])
         elif (match := ROWS.fullmatch(key)) and embeddings:
             rows[match[1]] = (_rows_of(config, match[1], len(tensor), name), tensor)
+        elif (match := BIAS.fullmatch(key)) and embeddings:
+            biases[match[1]] = tensor
         elif "lora_" in key or ROWS.fullmatch(key):
             hint = _EMBEDS if EMBEDDING.fullmatch(key) or ROWS.fullmatch(key) else _MERGE_FIRST
             raise FusionError(f"adapter {name} contains {key}, but only LoRA on linear layers can be fused", hint=hint)
@@ -135,8 +143,9 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
     if both := rows.keys() & embedded:
         raise FusionError(f"adapter {name} has LoRA on {min(both)} and also trained rows of it", hint=_MERGE_FIRST)
     patterns = Patterns(config, name)
+    lora = {path: _pair(config, patterns, path, pair, name) for path, pair in halves.items()}
     return Adapter(
-        lora={path: _pair(config, patterns, path, pair, name) for path, pair in halves.items()},
+        lora=lora,
         saved=saved,
         base=str(config.get("base_model_name_or_path") or ""),
         base_revision=as_commit(revision := config.get("revision")) or revision or None,
@@ -144,6 +153,7 @@ def read_adapter(folder: str | Path, name: str, *, allow_pickle: bool = False, e
         model_class=trained_class(config),
         embeddings=frozenset(embedded),
         rows=rows,
+        biases={path: _bias(config, patterns, path, lora, bias, name) for path, bias in biases.items() if bias.any()},
     )
 
 
@@ -184,12 +194,35 @@ def _pair(
             f"and the config says {rank}"
         )
     alpha = patterns.value("alpha_pattern", path, config["lora_alpha"])
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scaling = _scaling(config, patterns, path)
     exact = b.float() * scaling
     if not math.isfinite(scaling) or not exact.isfinite().all():
         raise FusionError(f"adapter {name}: B times lora_alpha={alpha} of {path} is not finite")
     rounded = exact.to(b.dtype)  # PEFT scales outputs, not B: in half precision only scaling by powers of 2 is exact
     return a, rounded if torch.equal(rounded.float(), exact) else exact
+
+
+def _bias(
+    config: Mapping[str, Any],
+    patterns: Patterns,
+    path: str,
+    lora: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    bias: torch.Tensor,
+    name: str,
+) -> torch.Tensor:
+    """What an adapter adds to the bias of a layer, (d_out,) fp32: PEFT scales the outputs of B with its bias."""
+    if path not in lora or bias.shape != lora[path][1].shape[:1]:
+        raise FusionError(
+            f"adapter {name} contains a bias of {path} of shape {[*bias.shape]}, which does not fit its B"
+        )
+    return bias.float() * _scaling(config, patterns, path)
+
+
+def _scaling(config: Mapping[str, Any], patterns: Patterns, path: str) -> float:
+    """α / r of a module, or α / √r for rsLoRA."""
+    rank = patterns.value("rank_pattern", path, config["r"])
+    alpha: float = patterns.value("alpha_pattern", path, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _refuse_trained_biases(config: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:

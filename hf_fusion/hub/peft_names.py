@@ -19,6 +19,8 @@ LORA = re.compile(r"(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
 """Name of one factor of a LoRA."""
 EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 """Name of one factor of a LoRA on an embedding, which PEFT stores transposed."""
+BIAS = re.compile(r"(.+)\.lora_B\.bias")
+"""Name of the change of a linear layer's bias, which PEFT stores beside B."""
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\..+)?")
 """Name of the trained rows of an embedding."""
 

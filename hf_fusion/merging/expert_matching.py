@@ -89,6 +89,7 @@ def _sizes(model: Model) -> dict[str, int]:
     names = [name for name, entry in model.entries.items() if entry.is_float]
     if model.adapter is not None:
         changed = {f"{path}.weight" for path in (*model.adapter.lora, *model.adapter.rows)} | model.adapter.saved.keys()
+        changed |= {f"{path}.bias" for path in model.adapter.biases}
         names = [name for name in names if name in changed]
     return {name: math.prod(model.shape(name)) for name in names}
 

@@ -158,6 +158,11 @@ def _opened(recipe: Recipe, api: HfApi | None) -> list[_Opened]:
                 f"{source.name} replaces rows of {min(adapter.rows)}, which a LoRA cannot express",
                 "method: linear merges it with an adapter's whole model",
             )
+        if adapter.biases:
+            raise FusionError(
+                f"{source.name} changes the bias of {min(adapter.biases)}, which merged adapters cannot express",
+                "method: linear merges it with an adapter's whole model",
+            )
         found.append(_Opened(name, source, adapter, source.adapter))
     return found
 

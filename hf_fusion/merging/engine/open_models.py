@@ -73,6 +73,8 @@ class Model:
         stored = FileReader(self.entries[name], files) if saved is None else MemoryReader(saved)
         pair = self.adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         path = name.removesuffix(".weight")
+        if name.endswith(".bias") and (bias := self.adapter.biases.get(name.removesuffix(".bias"))) is not None:
+            return AddedReader(stored, bias)
         if path in self.adapter.rows:
             return ReplacedRowsReader(stored, *self.adapter.rows[path])
         is_transposed = self.adapter.transposed and path not in self.adapter.embeddings
@@ -103,6 +105,19 @@ class LoraReader:
         first, last = start // width, -(-(start + len(out)) // width)
         update = (self.left[first:last] @ self.right).view(-1)  # rows first..last, flat
         out.add_(update[start - first * width :][: len(out)])
+
+
+class AddedReader:
+    """Reads the sum of a tensor and one in memory of the same shape, such as a bias and its change."""
+
+    def __init__(self, stored: Reader, added: torch.Tensor) -> None:
+        self.stored, self.shape = stored, stored.shape
+        self.added = added.float().flatten()
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills a flat float32 tensor with the values from `start` on."""
+        self.stored.read(start, out)
+        out.add_(self.added[start : start + len(out)])
 
 
 class ReplacedRowsReader:
