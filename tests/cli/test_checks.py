@@ -22,7 +22,7 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as stopped:
     code = stopped.code
-heavy = {"torch", "transformers", "datasets", "pandas"} & set(sys.modules)
+heavy = {"torch", "transformers", "datasets", "pandas", "lm_eval"} & set(sys.modules)
 print(code, f"{time.process_time():.2f}", *sorted(heavy))
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from harness_world import TASKS, save_models, save_tasks
 from tiny import SUMS, bert, gpt2, llama, make_tokenizer, t5
 from tiny_fused import base_expert, experts_of, fine_tuned
 
+import hf_fusion
 from hf_fusion import Expert, FoEModel, FusionError, Recipe, RecipeExpert, WEMoEModel, evaluate, fuse, merge
 from hf_fusion.evaluation.harness_results import HarnessRun, HarnessScore
 from hf_fusion.evaluation.intervals import Score
@@ -332,6 +334,24 @@ def test_wrong_tasks_are_named_with_the_next_command(folders, tasks, tmp_path):
         evaluate(merged, harness=[str(tmp_path / "long.yaml")])
 
 
+def test_the_harness_is_imported_where_tasks_are_run_alone():
+    importers = {
+        file.name
+        for file in Path(hf_fusion.__file__).parent.rglob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body  # what happens on import
+        for name in ast.walk(node)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        if isinstance(name, (ast.Import, ast.ImportFrom))
+        and any(part.startswith(("lm_eval", "hf_fusion.evaluation.harness_models")) for part in _names(name))
+    }
+    assert importers == {"harness_models.py"}
+
+
+def _names(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+
+
+@pytest.mark.slow  # the harness reads the 14,000 files of its tasks
 def test_unknown_name_is_looked_up_among_all_tasks(folders):
     with pytest.raises(FusionError, match="has no task 'arc_eazy'") as caught:
         evaluate(folders / "merged", harness=["arc_eazy"])
