@@ -182,7 +182,10 @@ def _run(expert: Expert, name: str, kind: str, loaded: Any, limit: int | None, b
         with _seeded():
             found: Any = evaluate(lm, loaded, limit=limit, log_samples=False)
     except (AssertionError, ValueError, NotImplementedError) as error:  # how the harness refuses
-        raise FusionError(f"lm-evaluation-harness cannot run {name}: {first_line(error)}") from error
+        raise FusionError(
+            f"lm-evaluation-harness cannot run {name}: {first_line(error)}",
+            "choose tasks that fit the model, or change the task's file: lm_eval ls tasks lists them",
+        ) from error
     return list(_scores(found, name, kind, loaded["tasks"]))
 
 

@@ -258,7 +258,10 @@ def _check_tokenizer(tokenizer: Any, name: str) -> None:
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise FusionError(f"{name} has no tokenizer, without which lm-evaluation-harness cannot run it")
+        raise FusionError(
+            f"{name} has no tokenizer, without which lm-evaluation-harness cannot run it",
+            "pass the folder in which both are saved: model.save_pretrained(FOLDER); tokenizer.save_pretrained(FOLDER)",
+        )
     if tokenizer.eos_token_id is None:
         raise FusionError(
             f"the tokenizer of {name} has no end-of-sequence token, which ends answers in lm-evaluation-harness",

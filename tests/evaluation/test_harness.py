@@ -330,8 +330,13 @@ def test_wrong_tasks_are_named_with_the_next_command(folders, tasks, tmp_path):
     (tmp_path / "long.yaml").write_text(
         (tasks / "says.yaml").read_text().replace("max_gen_toks: 5", "max_gen_toks: 500")
     )
-    with pytest.raises(FusionError, match="cannot run merged: Invalid configuration: requested max tokens"):
-        evaluate(merged, harness=[str(tmp_path / "long.yaml")])
+    refused([str(tmp_path / "long.yaml")], "cannot run merged: Invalid configuration: requested max tokens")
+    assert "save_pretrained" in refused([str(tasks)], "merged has no tokenizer", llama())
+    endless = make_tokenizer()
+    endless.eos_token = None
+    assert "eos_token" in refused([str(tasks)], "no end-of-sequence token", Expert("me/a", llama(), processor=endless))
+    assert "omit --compare" in refused([str(tasks)], "has no recipe", Expert("me/a", llama()), compare=True)
+    assert "fuse" in refused([str(tasks)], "the harness runs one model", [str(merged)])
 
 
 def test_the_harness_is_imported_where_tasks_are_run_alone():
