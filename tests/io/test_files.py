@@ -327,6 +327,7 @@ PACKAGE = Path(hf_fusion.__file__).parent
 OTHERWISE = {
     "cards/facts.py": "facts of a golden card",
     "hub/client.py": "the bytes of a plan that was checked, to compare them with the Hub's",
+    "merging/engine/growing_file.py": "what it writes",
     "merging/engine/output.py": "what it writes, and its lock",
     "publishing/push_gates.py": "a README that the client has fetched",
     "publishing/plan.py": "a README that the client has fetched",
