@@ -160,6 +160,10 @@ def fuse_recipe(
     """Fuses a model by a recipe; see `fuse`. `merge` writes static merges to a folder without loading them."""
     if recipe.method in MERGE_METHODS:
         return merged_model(recipe, trust_remote_code=trust_remote_code, api=api)
+    if recipe.stages:
+        raise FusionError(
+            f"{recipe.method} takes no stages: they are for static merges", "fuse each in order, and name the folders"
+        )
     parameters = dict(recipe.parameters)
     task = parameters.pop("task", None)
     method = family_method(recipe.method, parameters)

@@ -14,9 +14,9 @@ recipes are read as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,6 +165,8 @@ class Recipe:
             the first expert.
         chat_template: for static merges: a Jinja template, "auto", a name (`merging.tokenizers`), or the
             model whose template is taken.
+        stages: for static merges: recipes of models that this one, or another stage, names as base, expert or source;
+            by these names. In a file, they may be documents with a ``name`` before the recipe.
     """
 
     method: Annotated[str, Expected("the name of a method", _is_name)]
@@ -175,24 +177,52 @@ class Recipe:
     slices: Annotated[tuple[Slice, ...], Before(lambda value, where: () if value is None else value)] = ()
     tokenizer: Annotated[str, Expected("union, base, smallest or a model", _is_name)] | dict[Any, Any] | None = None
     chat_template: str | None = None
+    stages: Annotated[
+        dict[str, Recipe], Before(lambda value, where: value or {}), Expected("recipes by the name of their result")
+    ] = field(default_factory=dict)
 
     @property
     def unpinned(self) -> list[str]:
         """Models that are named neither by a full commit sha nor by their content: paths, branches, bare ids."""
         named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
-        return [name for name in named if not is_pinned(name)]
+        named += [name for stage in self.stages.values() for name in stage.unpinned]
+        return [name for name in named if not is_pinned(name) and name not in self.stages]
 
     @property
     def elsewhere(self) -> bool:
         """Whether experts or the base were folders on the machine that fused them, named by their content."""
-        return any(ref.is_content for name in self.models for ref in ModelRef.parse_pair(name) if ref)
+        refs = [ref for name in self.models for ref in ModelRef.parse_pair(name) if ref]
+        return any(ref.is_content and ref.id not in self.stages for ref in refs)
 
     @property
     def models(self) -> list[str]:
         """Every model it names: experts, base, sources of layers, of the tokenizer and of the chat template."""
         named = [expert.model for expert in self.experts] + ([self.base] if self.base else [])
         named += [source.model for slice_ in self.slices for source in slice_.sources]
-        return named + [name for name in (*_sources(self.tokenizer), self.chat_template) if name]
+        named += [name for name in (*_sources(self.tokenizer), self.chat_template) if name]
+        return named + [name for stage in self.stages.values() for name in stage.models]
+
+    def renamed(self, change: Callable[[str], str]) -> Recipe:
+        """The recipe with other names for its models; those of its stages are not changed.
+
+        Args:
+            change: old name -> new name; also called with other values of ``tokenizer`` and ``chat_template``.
+
+        Returns:
+            A new recipe.
+        """
+
+        def in_slice(slice_: Slice) -> Slice:
+            return replace(slice_, sources=tuple(replace(s, model=change(s.model)) for s in slice_.sources))
+
+        return replace(
+            self,
+            base=self.base and change(self.base),
+            experts=tuple(replace(expert, model=change(expert.model)) for expert in self.experts),
+            slices=tuple(map(in_slice, self.slices)),
+            tokenizer=_renamed_sources(self.tokenizer, change) if self.tokenizer else None,
+            chat_template=change(self.chat_template) if self.chat_template else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values.
@@ -209,6 +239,7 @@ class Recipe:
             "dtype": self.dtype,
             "tokenizer": self.tokenizer,
             "chat_template": self.chat_template,
+            "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
         }
         return _without_unset(content)
 
@@ -265,13 +296,20 @@ class Recipe:
         if isinstance(content, Mapping) and "merge_method" in content:
             raise FusionError(f"{name} is a mergekit recipe", hint=f"read it with hf_fusion.load_recipe({name!r})")
         recipe = read_class(cls, content, KeyPath(name))
-        if 0 < sum(expert.weight is not None for expert in recipe.experts) < len(recipe.experts):
+        for stage in (recipe, *recipe.stages.values()):
+            stage._check(name)
+        return recipe
+
+    def _check(self, name: str) -> None:
+        """Raises for what the types of its fields do not say."""
+        if 0 < sum(expert.weight is not None for expert in self.experts) < len(self.experts):
             raise FusionError(
                 f"{name}: only some of the experts have a weight", "give each expert a weight, or none of them"
             )
-        for index, slice_ in enumerate(recipe.slices):
+        for index, slice_ in enumerate(self.slices):
             slice_.check(KeyPath(name, f"slices[{index}]"))
-        return recipe
+        if nested := next((own for own, stage in self.stages.items() if stage.stages), None):
+            raise FusionError(f"{name}: the stage {nested} has stages", "list all stages side by side")
 
 
 def recipe_file(path: str | Path) -> Path:
@@ -293,6 +331,17 @@ def _sources(tokenizer: object) -> list[str]:
         if isinstance(value, Mapping) or key in ("source", "model"):
             found += _sources(value)
     return found
+
+
+def _renamed_sources(tokenizer: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(tokenizer, str):
+        return change(tokenizer)
+    return {
+        key: _renamed_sources(value, change)
+        if isinstance(value, Mapping) or (key in ("source", "model") and isinstance(value, str))
+        else value
+        for key, value in tokenizer.items()
+    }
 
 
 def is_pinned(name: str) -> bool:

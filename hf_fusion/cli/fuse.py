@@ -70,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="only print what would be read and written, and the cost"
     )
     merging.add_argument(
+        "--stages", metavar="DIR", help="keep the results of the stages of RECIPE, each in a folder of its name in DIR"
+    )
+    merging.add_argument(
         "--threads", type=COUNT, metavar="N", help="tensors merged in parallel (default: one per core)"
     )
     merging.add_argument(
@@ -147,6 +150,8 @@ def _check(recipe: Recipe) -> None:
     from hf_fusion.merging.methods import MERGE_METHODS
     from hf_fusion.merging.recipe_checks import check_recipe, family_method
 
+    for stage in recipe.stages.values():
+        check_recipe(stage)
     if recipe.method in MERGE_METHODS:
         check_recipe(recipe)
     else:
@@ -156,10 +161,17 @@ def _check(recipe: Recipe) -> None:
 def _check_names(recipe: Recipe, args: argparse.Namespace) -> None:
     """Check the models and the repo."""
     from hf_fusion.merging.methods import MERGE_METHODS
+    from hf_fusion.merging.recipe_checks import stage_of
 
     if args.dry_run and recipe.method not in MERGE_METHODS:
         raise UsageError(f"--dry-run works for static merges only; {recipe.method} loads its experts", "omit --dry-run")
-    check_models([recipe.base, *(expert.model for expert in recipe.experts)])
+    if args.dry_run and recipe.stages:
+        raise UsageError("--dry-run works for a single stage, not for a recipe of several", "omit --dry-run")
+    if args.stages and not recipe.stages:
+        raise UsageError("--stages is for recipes of several stages; this one has a single one", "omit --stages")
+    all_stages = (recipe, *recipe.stages.values())
+    names = [name for own in all_stages for name in (own.base, *(expert.model for expert in own.experts)) if name]
+    check_models([name for name in names if stage_of(name, recipe.stages) is None])
     if args.push:
         check_repo(args.push)
 
@@ -222,6 +234,7 @@ def _merge(recipe: Recipe, args: argparse.Namespace, out: Out) -> None:
             shard_bytes=shard_bytes,
             device=args.device,
             overwrite=args.overwrite,
+            stages_folder=args.stages,
             progress=merging.reach,
         )
     if not is_main():

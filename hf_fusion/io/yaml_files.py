@@ -18,12 +18,21 @@ _TEXT = "tag:yaml.org,2002:str"
 
 
 def read_yaml(path: Path) -> Any:
-    """The single document of a YAML file.
+    """The single document of a YAML file; see `read_documents`."""
+    return parse_yaml(_text(path), path)
+
+
+def read_documents(path: Path) -> list[Any]:
+    """All documents of a YAML file.
 
     Raises:
         FusionError: it cannot be read, is too large or not UTF-8, is not YAML, has duplicate keys (on which parsers
             disagree), contains itself, or expands too much by aliases.
     """
+    return _documents(_text(path), path)
+
+
+def _text(path: Path) -> str:
     try:
         with open_given(path, called=one_line(path)) as file:
             raw = file.read(MAX_BYTES + 1)
@@ -32,10 +41,9 @@ def read_yaml(path: Path) -> Any:
     if len(raw) > MAX_BYTES:
         raise FusionError(f"{path} is longer than {MAX_BYTES:,} bytes, the limit for recipes", "check the path")
     try:
-        text = raw.decode()
+        return raw.decode()
     except ValueError as error:
         raise FusionError(f"{path} is not valid YAML: {one_line(error)}", "correct the file") from None
-    return parse_yaml(text, path)
 
 
 def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
@@ -47,8 +55,13 @@ def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
         repeated: whether duplicate keys are allowed; then the last one counts.
 
     Raises:
-        FusionError: see `read_yaml`.
+        FusionError: see `read_documents`, or there are several documents.
     """
+    found = _documents(text, path, repeated=repeated, is_single=True)
+    return found[0] if found else None
+
+
+def _documents(text: str, path: Path | str, *, repeated: bool = False, is_single: bool = False) -> list[Any]:
     if len(text) > MAX_BYTES:
         raise FusionError(
             f"{path} has {len(text):,} characters of YAML, more than the limit of {MAX_BYTES:,}", "shorten it"
@@ -56,11 +69,15 @@ def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
     try:
         loader = yaml.SafeLoader(text)
         try:
-            root = loader.get_node() if loader.check_node() else None
-            if loader.check_node():
-                raise _several(path, loader, root)
-            _check(root, repeated)
-            return None if root is None else loader.construct_document(root)
+            nodes = []
+            while loader.check_node():
+                nodes.append(loader.get_node())
+            if is_single and len(nodes) > 1:
+                what = f"{path} contains {len(nodes)} YAML documents instead of one"
+                raise FusionError(what, "save each in a separate file")
+            for node in nodes:
+                _check(node, repeated)
+            return [loader.construct_document(node) for node in nodes]
         finally:
             loader.dispose()
     except RecursionError:
@@ -69,20 +86,6 @@ def parse_yaml(text: str, path: Path | str, *, repeated: bool = False) -> Any:
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = one_line(error)
     raise FusionError(f"{path} is not valid YAML: {reason}", "correct the file")
-
-
-def _several(path: Path | str, loader: yaml.SafeLoader, first: yaml.Node | None) -> FusionError:
-    """The error for a file with several documents; mergekit-multi uses them for merges that depend on each other."""
-    nodes = [first]
-    while loader.check_node():
-        nodes.append(loader.get_node())
-    mappings = [node.value for node in nodes if isinstance(node, yaml.MappingNode)]
-    if any(key.value == "merge_method" for pairs in mappings for key, _ in pairs):
-        return FusionError(
-            f"{path} contains {len(nodes)} merges, as for mergekit-multi, but hf_fusion runs one merge at a time",
-            "save each in a separate file, fuse them in order, and name the --output folder of a merge in the next",
-        )
-    return FusionError(f"{path} contains {len(nodes)} YAML documents instead of one", "save each in a separate file")
 
 
 def _check(root: yaml.Node | None, repeated: bool) -> None:

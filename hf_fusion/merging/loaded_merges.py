@@ -30,7 +30,7 @@ from hf_fusion.merging.engine.output import FACTS
 from hf_fusion.merging.engine.processes import Processes, is_main
 from hf_fusion.merging.merge import merge
 from hf_fusion.merging.methods import MERGE_METHODS
-from hf_fusion.merging.recipe_checks import check_recipe
+from hf_fusion.merging.recipe_checks import check_recipe, stage_of
 from hf_fusion.recipe import RECIPE_ATTRIBUTE, RECIPE_FILE, Recipe, RecipeExpert
 from hf_fusion.types import Expert, ExpertInfo, ModelRef
 
@@ -115,7 +115,8 @@ def merged_model(
     """
     if MERGE_METHODS[recipe.method].merges == "adapters":
         raise FusionError(f"{recipe.method} gives an adapter, not a model", "hf_fusion.merge(recipe, folder)")
-    check_recipe(recipe)
+    if not recipe.stages:  # `merge` checks all of them
+        check_recipe(recipe)
     _may_run(recipe, trust_remote_code, api)
     with Processes().folder() as held:
         report = merge(recipe, held / "merged", device=device, api=api)
@@ -226,7 +227,13 @@ def _entry(given: ExpertLike | RecipeExpert, folder: Path, number: int, names: d
 
 def _may_run(recipe: Recipe, agreed: bool, api: HfApi | None) -> None:
     """Raises, before merging, if a model needs custom code that may not run."""
-    base, model = ModelRef.parse_pair(recipe.base or recipe.experts[0].model)
+    for name in dict.fromkeys(stage.base or stage.experts[0].model for stage in (recipe, *recipe.stages.values())):
+        if stage_of(name, recipe.stages) is None:
+            _may_run_model(name, agreed, api)
+
+
+def _may_run_model(name: str, agreed: bool, api: HfApi | None) -> None:
+    base, model = ModelRef.parse_pair(name)
     source = resolve(base or model, api)
     if source.is_adapter:
         source = resolve_base(recorded_base(source), source, api)

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,12 @@ class _Opened:
 
 
 def merge_adapters(
-    recipe: Recipe, folder: str | Path, *, overwrite: bool = False, api: HfApi | None = None
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    api: HfApi | None = None,
+    record: Callable[[Recipe], Recipe] = lambda pinned: pinned,
 ) -> AdapterReport:
     """Merges LoRA adapters into one: Σ w_i ΔW_i, exact by concatenation or truncated; see `methods.lora.lora`.
 
@@ -92,6 +97,7 @@ def merge_adapters(
         folder: created if missing.
         overwrite: whether to replace an adapter in the folder.
         api: the Hub's client.
+        record: gives the recipe that is saved, from the one with pinned models.
 
     Raises:
         FusionError: an expert is not an adapter of the form W + B A; bases, shapes or saved modules of the adapters
@@ -117,7 +123,7 @@ def merge_adapters(
     saved = _saved(recipe, opened)
     dtype = getattr(torch, recipe.dtype or "float32")
     experts = tuple(replace(e, model=o.name) for e, o in zip(recipe.experts, opened, strict=True))
-    pinned = replace(recipe, base=base, experts=experts)
+    pinned = record(replace(recipe, base=base, experts=experts))
     nbytes = _write(folder, pinned, opened, factors, saved, dtype)
     cut = {path: found for path, found in factors.items() if found.norm}
     total = sum(found.norm for found in cut.values())

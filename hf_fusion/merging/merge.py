@@ -36,10 +36,11 @@ from hf_fusion.merging.methods import method_named
 from hf_fusion.merging.plan import Plan, plan
 from hf_fusion.merging.recipe_checks import check_recipe
 from hf_fusion.merging.small_files import merged_files
+from hf_fusion.merging.stages import merge_stages
 from hf_fusion.merging.tied_weights import align_tied_heads, untie_config
 from hf_fusion.merging.tokenizers.smallest import smallest_vocabulary
 from hf_fusion.merging.tokenizers.vocabulary import unite_vocabularies
-from hf_fusion.recipe import RECIPE_FILE, SMALLEST, Recipe, RecipeExpert, Slice
+from hf_fusion.recipe import RECIPE_FILE, SMALLEST, Recipe
 from hf_fusion.types import ModelRef
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
+    stages_folder: str | Path | None = None,
     api: HfApi | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
@@ -75,6 +77,9 @@ def merge(
             Iso-CTS, WUDI, RegMean); results differ between devices in rounding. Other methods are limited by the disk
             and run on the CPU. With several processes on a machine, each uses a different GPU.
         overwrite: whether to replace a model in the folder; not needed to resume a killed merge.
+        stages_folder: for a recipe of several stages, a folder in which the results of all of them are kept, each
+            under its name; results of the same content are used again. Default: a hidden folder beside `folder`, from
+            which each is removed after its last use; a killed run continues with what is there.
         api: the Hub's client.
         progress: called with the bytes done and the total bytes.
 
@@ -85,15 +90,39 @@ def merge(
         FusionError: the models cannot be merged, or the folder cannot be written.
     """
     folder = output_folder(folder)
+    options: dict[str, Any] = {"threads": threads, "shard_bytes": shard_bytes, "device": device, "progress": progress}
+
+    def run(recipe: Recipe, folder: Path, overwrite: bool, record: Callable[[Recipe], Recipe]) -> MergeReport:
+        return _merge(recipe, folder, overwrite=overwrite, api=api, record=record, **options)
+
+    if recipe.stages:
+        return merge_stages(recipe, folder, run, kept=stages_folder, overwrite=overwrite, device=str(device), api=api)
+    return run(recipe, folder, overwrite, lambda pinned: pinned)
+
+
+def _merge(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    threads: int | None,
+    shard_bytes: int,
+    device: str | torch.device,
+    overwrite: bool,
+    api: HfApi | None,
+    progress: Callable[[int, int], None],
+    record: Callable[[Recipe], Recipe],
+) -> MergeReport:
+    """A merge of one stage; see `merge`. `record` gives the recipe that is saved, from the one with pinned models."""
     processes, device = Processes(), parse_device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", processes.local_rank % torch.cuda.device_count())
     if method_named(recipe.method).merges == "adapters":
         if processes.count > 1:
             raise FusionError(f"{recipe.method} runs in a single process", "run it without accelerate launch")
-        return merge_adapters(recipe, folder, overwrite=overwrite, api=api)
+        return merge_adapters(recipe, folder, overwrite=overwrite, api=api, record=record)
     with processes.step():
         planned = plan_merge(recipe, api)
+        planned.recipe = record(planned.recipe)
         refuse_inputs(planned, folder)
         refuse_to_replace(folder, overwrite)
     before, done, total = torch.get_num_threads(), 0, planned.nbytes
@@ -147,6 +176,8 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
         FusionError: a model cannot be opened or merged, or the merged model would not load.
     """
     method = method_named(recipe.method)
+    if recipe.stages:
+        raise FusionError("a recipe of several stages has no dry run", "fuse without --dry-run")
     if method.merges == "adapters":
         raise FusionError(f"{recipe.method} merges adapters, which has no dry run", "fuse without --dry-run")
     check_recipe(recipe)
@@ -242,24 +273,4 @@ def _pinned(planned: Plan) -> Recipe:
     if used is not None and recipe.base is not None:
         known[recipe.base] = used
 
-    def slice_of(own: Slice) -> Slice:
-        return Slice(tuple(replace(s, model=known[s.model]) for s in own.sources), own.parameters)
-
-    def named(value: object) -> Any:
-        """Pins the models that a tokenizer setting names as sources."""
-        if isinstance(value, dict):
-            return {
-                k: known.get(v, v) if k in ("source", "model") and isinstance(v, str) else named(v)
-                for k, v in value.items()
-            }
-        return value
-
-    rows = tuple(RecipeExpert(known[e.model], e.weight, e.parameters) for e in recipe.experts)
-    return replace(
-        recipe,
-        base=used,
-        experts=rows,
-        slices=tuple(map(slice_of, recipe.slices)),
-        tokenizer=named({"source": recipe.tokenizer})["source"] if recipe.tokenizer else None,
-        chat_template=known.get(recipe.chat_template, recipe.chat_template) if recipe.chat_template else None,
-    )
+    return replace(recipe.renamed(lambda name: known.get(name, name)), base=used)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_fusion.errors import FusionError, suggestion
@@ -55,6 +55,11 @@ def family_method(name: str, options: Mapping[str, Any], file: str = "") -> Fami
             where = KeyPath(file, "parameters").inner(option) if file else KeyPath(name, option)
             read(known[option].hint, value, where)
     return METHODS[name]
+
+
+def stage_of(name: str, stages: Collection[str]) -> str | None:
+    """The stage that a model, or the base or adapter of a pair, is the result of; None if it is another model."""
+    return next((part.partition("@")[0] for part in name.split("+") if part.partition("@")[0] in stages), None)
 
 
 def check_recipe(recipe: Recipe) -> None:

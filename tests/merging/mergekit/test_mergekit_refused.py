@@ -89,8 +89,8 @@ def test_slices_that_are_not_valid_are_named(change, tmp_path):
 
 def test_a_recipe_that_is_not_one_document(tmp_path):
     for text, message in {
-        f"{GOOD}---\n{GOOD}": "contains 2 merges, as for mergekit-multi",
-        "a: 1\n---\nb: 2\n---\n": "contains 3 YAML documents instead of one",
+        f"{GOOD}---\n{GOOD}": "two documents have no name",
+        "a: 1\n---\nb: 2\n---\n": "a is not a supported key",
         f"{GOOD}dtype: float32\n": "'dtype' occurs twice",
         "merge_method: linear\nmodels: &all [*all]\n": "not valid YAML",
     }.items():
