@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ from hf_fusion.cards.result_tables import EXPLAINED, result_tables
 from hf_fusion.cards.static_merge import MERGE
 from hf_fusion.cards.usage import pinned_revision, usage_block, usage_code
 from hf_fusion.cli.app import build_parser
+from hf_fusion.evaluation.harness_results import HarnessRun, HarnessScore
+from hf_fusion.evaluation.results import Results
 from hf_fusion.evaluation.routing import HINDSIGHT, ORACLE, STRATEGIES
 from hf_fusion.families import FAMILIES
 from hf_fusion.merging.methods import MERGE_METHODS
@@ -226,3 +228,23 @@ def test_what_to_install_is_what_is_imported():
     assert f'"{TRANSFORMERS}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     adapter = replace(GOLDEN["merge"], options={**GOLDEN["merge"].options, "adapter": True})
     assert "from peft import" in usage_block(adapter) and Commands(adapter).install.endswith(" transformers peft")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_scores_of_the_harness_are_on_every_card(name):
+    scores = [
+        HarnessScore(predictor, kind, "arc_easy", "acc", 0.5, 0.05, 100, shots=2, dataset="allenai/ai2_arc")
+        for predictor, kind in (("merged", "fused"), (NASTY, "expert"))
+    ]
+    part = replace(scores[0], task="a part", part_of="arc_easy")
+    run = HarnessRun([*scores, part], {"lm_eval": "0.4.13"}, f"hf-fusion eval {NASTY}", NASTY)
+    alone = replace(GOLDEN[name], results=asdict(Results([], [], harness=[run])), routing=None)
+    assert CardFacts.from_dict(json.loads(json.dumps(asdict(alone)))).measured == alone.measured
+    card = render_card(alone)
+    assert "| arc_easy | acc | 2 | 100 | 0.5000 ± 0.0500 | 0.5000 ± 0.0500 |" in card
+    assert "a part" not in card and "Not measured" not in card and "It was tested on the rows above" in card
+    assert "script" not in Tags(html_of(card)).names
+    [row] = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert (row["dataset"]["type"], row["metrics"][0]["args"]) == ("allenai/ai2_arc", {"stderr": 0.05})
+    both = render_card(replace(alone, results=asdict(replace(GOLDEN[name].measured, harness=[run]))))
+    assert "| arc_easy | acc |" in both and result_tables(GOLDEN[name]).rows[0].cells[0] in both

@@ -86,11 +86,12 @@ def test_dense_merge_scores_what_the_harness_gives_to_the_last_digit(folders, ta
 
 
 def test_experts_and_base_are_run_beside_it(folders, tasks, tmp_path):
-    results = evaluate(folders / "merged", harness=[str(tasks / "which.yaml")], compare=True)
+    few = {"harness": [str(tasks / "which.yaml")], "fewshot": 2}  # drawn for each document, the same for every model
+    results = evaluate(folders / "merged", **few, compare=True)
     [run] = results.harness
     kinds = {score.predictor: score.kind for score in run.scores}
     assert kinds == {"merged": "fused", "foxes": "expert", "dogs": "expert", "base": "base"}
-    [alone] = evaluate(folders / "foxes", harness=[str(tasks / "which.yaml")]).harness
+    [alone] = evaluate(folders / "foxes", **few).harness
     assert of(run, "foxes") == of(alone, "merged")
     assert len({str(of(run, name)) for name in kinds}) > 1
     results.save(tmp_path / "results.json")
@@ -266,6 +267,15 @@ def test_every_kind_of_saved_model_runs_with_the_tokens_of_its_tokenizer(folders
         assert {score.kind for score in run.scores} == {"fused"}
         if name == "foe":  # also in memory, as it was fused
             assert evaluate(model, harness=words, limit=3, batch_size=2).harness[0].scores == run.scores
+
+
+def test_saved_fusion_of_experts_with_different_tokenizers_has_the_tokens_of_each(tasks, tmp_path):
+    _, model = selection("tokenizers")
+    model.save_pretrained(tmp_path / "foe")
+    words = [str(tasks / "which.yaml"), str(tasks / "says.yaml")]
+    [loaded], [made] = (evaluate(given, harness=words, limit=4).harness for given in (tmp_path / "foe", model))
+    assert loaded.scores == made.scores
+    assert {score.predictor for score in loaded.scores} == {"FoE"}
 
 
 def score(task: str, value: float, predictor: str = "merged") -> HarnessScore:
