@@ -202,6 +202,15 @@ class Recipe:
         named += [name for name in (*_sources(self.tokenizer), self.chat_template) if name]
         return named + [name for stage in self.stages.values() for name in stage.models]
 
+    @property
+    def all_stages(self) -> list[Recipe]:
+        """The recipe itself, then those of its stages."""
+        return [self, *self.stages.values()]
+
+    def is_stage(self, ref: ModelRef) -> bool:
+        """Whether a reference names the result of a stage, with or without its content's digest."""
+        return ref.id in self.stages
+
     def renamed(self, change: Callable[[str], str]) -> Recipe:
         """The recipe with other names for its models; those of its stages are not changed.
 

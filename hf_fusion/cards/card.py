@@ -58,10 +58,11 @@ def write_card(folder: str | Path, api: HfApi | None = None) -> Path:
     folder = Path(folder)
     recipe = Recipe.load(folder)
     names = [ModelRef.parse_pair(expert.model)[1] for expert in recipe.experts]
-    bases = [ModelRef.parse(recipe.base)] if recipe.base else []
-    infos = in_parallel(lambda ref: _read_info(ref, api), [*names, *bases])
+    bases = [ModelRef.parse(own.base) for own in recipe.all_stages if own.base]
+    inner = [ModelRef.parse_pair(expert.model)[1] for own in recipe.stages.values() for expert in own.experts]
+    infos = in_parallel(lambda ref: _read_info(ref, api), [*names, *bases, *inner])
     try:
-        license_id = combine({info.id: info.license for info in infos})
+        license_id = combine({info.id: info.license for info in infos if info.id not in recipe.stages})
     except FusionError:
         license_id = ""
     file = folder / README
@@ -112,6 +113,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
     named = [ModelRef(expert.id, expert.sha or None) for expert in facts.experts] + (
         [ModelRef.parse_repo(facts.base)] if facts.base else []
     )
+    named += map(ModelRef.parse_repo, facts.inputs)
     # of an expert in a checkpoint, the checkpoint's repo
     pinned = [ref.repo for ref in named if ref.revision and not ref.is_content]
     data: dict[str, Any] = {

@@ -20,7 +20,7 @@ from hf_fusion.hub.task_heads import HEADS, auto_class_of, head_of_adapter
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.recipe import Recipe
-from hf_fusion.types import ExpertInfo
+from hf_fusion.types import ExpertInfo, ModelRef
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class CardFacts:
         routing: content of the family's routing map; None without one.
         code: names of the Python files that load the model.
         versions: library → the version that wrote the card ("hf_fusion") or the weights ("transformers").
+        inputs: ``owner/name@sha`` of the models from which the stages of a static merge were merged.
     """
 
     repo_id: str
@@ -89,6 +90,7 @@ class CardFacts:
     code: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     license_is_stated: bool = False
+    inputs: tuple[str, ...] = ()
 
     @property
     def measured(self) -> Results | None:
@@ -104,7 +106,14 @@ class CardFacts:
     def from_dict(cls, content: Mapping[str, Any]) -> CardFacts:
         """The facts in a dict that `dataclasses.asdict` made, also by way of JSON."""
         experts = tuple(CardExpert(**{**expert, "labels": tuple(expert["labels"])}) for expert in content["experts"])
-        return cls(**{**content, "experts": experts, "code": tuple(content.get("code", ()))})
+        return cls(
+            **{
+                **content,
+                "experts": experts,
+                "code": tuple(content.get("code", ())),
+                "inputs": tuple(content.get("inputs", ())),
+            }
+        )
 
 
 def read_facts(
@@ -169,8 +178,15 @@ def read_facts(
         options=options,
         routing=read_json(folder / routing.data, str(folder)) if routing and (folder / routing.data).exists() else None,
         code=tuple(sorted(path.name for path in folder.glob("*.py"))) if config.get("auto_map") else (),
+        inputs=_inputs_of_stages(recipe),
         versions={"hf_fusion": __version__} | ({"transformers": str(written_by)} if written_by else {}),
     )
+
+
+def _inputs_of_stages(recipe: Recipe) -> tuple[str, ...]:
+    """The models on the Hub from which a recipe's stages are merged, without other stages."""
+    refs = [ref for own in recipe.stages.values() for name in own.models for ref in ModelRef.parse_pair(name) if ref]
+    return tuple(dict.fromkeys(str(ref) for ref in refs if ref.is_repo and ref.revision and not recipe.is_stage(ref)))
 
 
 def card_contents(family: str) -> CardContents:

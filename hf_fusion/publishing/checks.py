@@ -95,20 +95,26 @@ def check_publishable(
         FusionError: a model is not found, the repo contains another model, weights of private or gated experts would
             become public, or the licences cannot be combined.
     """
-    experts, bases = _read_experts(recipe, known, config, api)
+    known = {**_stages_as_known(recipe), **known}
+    read = [_read_experts(own, known, config if own is recipe else {}, api) for own in recipe.all_stages]
+    experts = read[0][0]
+    # a stage contains what it was merged from
+    used, bases = (
+        [info for infos in part for info in infos if info.id not in recipe.stages] for part in zip(*read, strict=True)
+    )
     with explain_hub_errors(repo_id):
         exists = api.repo_exists(repo_id)
         private = bool(api.model_info(repo_id).private) if exists else private
         if exists and not overwrite:
             _refuse_other_model(repo_id, recipe, api)
-    contained = [*experts, *bases] if with_bases else experts
+    contained = [*used, *bases] if with_bases else used
     restricted = [info.id for info in contained if info.private or info.gated]
     if restricted and not private:
         raise FusionError(
             f"{repo_id} is public, but would contain the weights of private or gated experts: {', '.join(restricted)}",
             hint="publish it to a private repo",
         )
-    license = license or combine({info.id: info.license for info in (*experts, *bases)})
+    license = license or combine({info.id: info.license for info in (*used, *bases)})
     return Publishable(experts, exists, private, license)
 
 
@@ -147,6 +153,12 @@ def refuse_unpinned(names: list[str]) -> None:
             f"these models are not pinned to a commit on the Hub: {', '.join(names)}",
             hint="push each of them, then fuse from owner/name@sha; local folders can be published as they are",
         )
+
+
+def _stages_as_known(recipe: Recipe) -> dict[str, ExpertInfo]:
+    """The names of a recipe's stages where they are inputs, with metadata that says nothing more."""
+    refs = [ref for name in recipe.models for ref in ModelRef.parse_pair(name) if ref and recipe.is_stage(ref)]
+    return {str(ref): ExpertInfo(ref.id, ref.revision or "") for ref in refs}
 
 
 def _read_experts(

@@ -232,3 +232,27 @@ def test_usage_block_of_other_heads_runs(kind, tmp_path, monkeypatch, capsys):
         assert "apply_chat_template" in code and said and "Some text" not in said
         return
     assert re.search({"images": r"\['(cat|dog)'\]", "features": features, "masked": masked}[kind], said), said
+
+
+def test_a_merge_of_several_stages(owner, ids, tmp_path):
+    """Its recipe pins what the stages were merged from, and makes the same again; its card names them."""
+    base, one, two = ids
+    stage = Recipe("linear", (RecipeExpert(one), RecipeExpert(two)))
+    recipe = Recipe("task_arithmetic", (RecipeExpert("both"), RecipeExpert(two)), base, stages={"both": stage})
+    merge(recipe, tmp_path / "merged", api=owner.api)
+    done = publish(tmp_path / "merged", f"{owner.name}/mood", api=owner.api)
+    remote = Path(owner.api.hf_hub_download(done.repo_id, "fusion.yaml", revision=done.sha))
+    shas = {name: owner.api.model_info(name).sha for name in ids}
+    saved = Recipe.load(remote)
+    assert [expert.model for expert in saved.stages["both"].experts] == [f"{name}@{shas[name]}" for name in (one, two)]
+    assert saved.base == f"{base}@{shas[base]}" and saved.unpinned == [] and str(tmp_path) not in remote.read_text()
+    card = ModelCard(Path(owner.api.hf_hub_download(done.repo_id, "README.md")).read_text())
+    assert card.data.base_model == [two, base, one]
+    assert card.data.license == "apache-2.0"
+    owner.api.update_repo_settings(one, private=True)  # it is in the stage alone
+    with pytest.raises(FusionError, match=f"would contain the weights of private or gated experts: {one}"):
+        publish(tmp_path / "merged", f"{owner.name}/other", private=False, api=owner.api)
+    owner.api.update_repo_settings(one, private=False)
+    again = merge(saved, tmp_path / "again", api=owner.api)
+    for file in again.folder.iterdir():
+        assert file.read_bytes() == Path(owner.api.hf_hub_download(done.repo_id, file.name)).read_bytes(), file.name
