@@ -207,8 +207,30 @@ class Recipe:
         """The recipe itself, then those of its stages."""
         return [self, *self.stages.values()]
 
+    @property
+    def outer_experts(self) -> list[str]:
+        """The experts that are not made by the recipe itself: its own, then those of its stages, each once."""
+        names = [expert.model for stage in self.all_stages for expert in stage.experts]
+        known = dict.fromkeys(name for name in names if not self._has_stage(name))
+        return [name for name in known if not self.stages or name != self.base]  # stages may merge the base, too
+
+    @property
+    def outer_base(self) -> str | None:
+        """The base, unless it is the result of a stage."""
+        return None if self.base is None or self._has_stage(self.base) else self.base
+
+    def _has_stage(self, name: str) -> bool:
+        return any(ref is not None and self.is_stage(ref) for ref in ModelRef.parse_pair(name))
+
     def is_stage(self, ref: ModelRef) -> bool:
-        """Whether a reference names the result of a stage, with or without its content's digest."""
+        """Whether a reference names the result of a stage.
+
+        Args:
+            ref: with or without the digest of the stage's content.
+
+        Returns:
+            Whether its id is the name of a stage.
+        """
         return ref.id in self.stages
 
     def renamed(self, change: Callable[[str], str]) -> Recipe:

@@ -273,7 +273,7 @@ def _evaluate_static(
     from hf_fusion.evaluation.evaluate import evaluate
     from hf_fusion.types import ModelRef
 
-    experts = [expert.model for expert in recipe.experts] if recipe else []
+    experts = recipe.outer_experts if recipe else []
     named = [ModelRef.parse_pair(name)[1].id for name in experts]
     named = [name if name.count("/") == 1 else Path(name).name for name in named]  # ids, or names of folders
     suite, owners = split_tasks(rows, named, args.task_column, args.expert_column)
@@ -281,7 +281,7 @@ def _evaluate_static(
         args.folder,
         suite,
         experts=experts if recipe and not recipe.elsewhere else [],
-        base=recipe.base if recipe and not recipe.elsewhere else None,
+        base=recipe.outer_base if recipe and not recipe.elsewhere else None,
         owners=owners,
         trust_remote_code=args.trust_remote_code,
         settings={"method": recipe.method, **recipe.parameters} if recipe else {},

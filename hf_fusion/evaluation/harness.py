@@ -164,8 +164,8 @@ def _beside(recipe: Recipe | None, name: str) -> list[tuple[str, str]]:
             f"the recipe of {name} names folders of another machine, so its experts cannot be compared",
             "omit --compare, or name their paths in fusion.yaml",
         )
-    experts = list(dict.fromkeys(expert.model for expert in recipe.experts))
-    return [("expert", expert) for expert in experts] + ([("base", recipe.base)] if recipe.base else [])
+    experts, base = recipe.outer_experts, recipe.outer_base
+    return [("expert", expert) for expert in experts] + ([("base", base)] if base else [])
 
 
 def _run(expert: Expert, name: str, kind: str, loaded: Any, limit: int | None, batch_size: int) -> list[HarnessScore]:

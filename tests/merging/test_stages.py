@@ -213,6 +213,15 @@ def test_wrong_recipes(text, message, here):
     assert {*tree(here)} == {*before, "recipe.yaml"}
 
 
+def test_what_a_merge_of_stages_is_compared_with(here):
+    """Its measurement loads the models that it was made from, not the stages, which are gone."""
+    saved = merge(load_recipe(written(here, MULTI.format(here))), here / "out", api=NOWHERE).recipe
+    assert saved.outer_experts == [str(here / name) for name in ("three", "one", "two")]
+    assert saved.outer_base == str(here / "base") and not saved.elsewhere
+    staged = Recipe.from_dict({**yaml.safe_load(AX), "base": "a", "stages": {"a": yaml.safe_load(X)}})
+    assert staged.outer_base is None and staged.outer_experts == ["x"]
+
+
 def test_families_take_no_stages(here):
     text = f"name: a\n{X}\n---\nmethod: foe\nexperts: [a, x]"
     with pytest.raises(FusionError, match="foe takes no stages"):
