@@ -2,7 +2,7 @@
 
 A figure stands in a block, a table between the markers ``<!-- numbers-NAME:begin -->`` and
 ``<!-- numbers-NAME:end -->``, or in a phrase, a piece of a sentence as it is written in the document. Both are
-functions of the JSON files alone (`number_tables.py`).
+functions of the JSON files alone (`number_tables.py`, `number_routing.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.pages import README_SECTION, readme_block
 
 sys.path.append(str(Path(__file__).parent))
+import number_routing as routing
 import number_tables as tables
 from number_tables import Read
 
@@ -84,7 +85,7 @@ SOURCES = {
         "phatgoose",
         "200 test rows, 40 of each of five tasks; three seeds of the gates that it trains",
         12,
-        phrases=tables.phatgoose_demo_phrases,
+        phrases=routing.phatgoose_demo_phrases,
     ),
     "demo-wemoe": demo("wemoe", "1,600 test pictures, 400 of each of four tasks; three seeds of the routers", 8),
     "card-merge": Source(
@@ -161,8 +162,8 @@ SOURCES = {
         ),
         "40 test rows of each task in each form; one seed",
         120,
-        tables.phatgoose_table,
-        tables.phatgoose_phrases,
+        routing.phatgoose_table,
+        routing.phatgoose_phrases,
     ),
     "general-transfer": Source(
         (f"{MEASURED}/general_transfer.json",),
@@ -172,7 +173,7 @@ SOURCES = {
         ),
         "50 validation rows of each candidate, by the experts whose skill is near; one seed",
         60,
-        tables.general_table,
+        routing.general_table,
     ),
     "phatgoose-minilm": Source(
         tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("", "_paper", "_whitened")),
@@ -182,7 +183,7 @@ SOURCES = {
         ),
         "800 test rows, 200 of each of four tasks; one seed",
         5,
-        phrases=tables.phatgoose_minilm_phrases,
+        phrases=routing.phatgoose_minilm_phrases,
     ),
     "phatgoose-cost": Source(
         tuple(f"{MEASURED}/phatgoose_cost{name}.json" for name in ("", "_smollm2")),
@@ -192,8 +193,8 @@ SOURCES = {
         ),
         "least of 5 runs, with SmolLM2's shape of 7",
         15,
-        tables.routing_table,
-        tables.routing_phrases,
+        routing.routing_table,
+        routing.routing_phrases,
     ),
     "wemoe-suites": Source(
         (f"{MEASURED}/wemoe_minilm8.json", f"{MEASURED}/wemoe_minilm8_transductive.json", "results"),
