@@ -96,7 +96,7 @@ def _phatgoose_options(config: Mapping[str, Any], folder: Path) -> dict[str, Any
     model = build_on_meta(lambda: PhatgooseRouter(PhatgooseConfig.from_pretrained(folder)))
     summary, towers = model.summary(), len(readers_of(model.backbone, model.config.is_encoder_decoder))
     known = ("parameters", "expert_parameters", "routed_linears", "relative_cost")
-    given = ("router_temperature", "routing", "base_by_reference", "head")
+    given = ("router_temperature", "routing", "base_by_reference", "head", "gate_decay")
     options = {key: config.get(key) for key in given} | {key: summary[key] for key in known}
     reads = "texts and images" if towers > 1 else "images" if model.main_input_name == "pixel_values" else "texts"
     return options | {"num_experts_per_tok": summary["top_k"], "reads": reads}

@@ -30,6 +30,7 @@ FIELDS: Table = {
     "routing": one_of(*ROUTINGS),
     "gate_points": optional(each(NAME)),
     "gate_rank": optional(whole()),
+    "gate_decay": optional(number(least=0, most=1)),
 }
 
 
@@ -52,6 +53,8 @@ class PhatgooseConfig(BackboneConfig):
         gate_points: paths of the linears at whose inputs Gaussian gates choose experts for all linears; empty if every
             linear has gates.
         gate_rank: directions of each Gaussian gate, at most.
+        gate_decay: share of a token's evidence that the next token keeps, for Gaussian gates of language models; 0 if
+            each token decides alone.
         routing: "phatgoose" scores by standardised gates and inputs, "arrow" by |x·v|, "uniform" draws experts at
             random; the latter two are baselines.
         recipe: the content of the ``fusion.yaml`` that this model was fused by, see `FusedConfig`.
@@ -72,6 +75,7 @@ class PhatgooseConfig(BackboneConfig):
     routing: str = "phatgoose"
     gate_points: list[str] = None  # type: ignore[assignment]
     gate_rank: int = 0
+    gate_decay: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.profiles = self.profiles or []

@@ -27,6 +27,7 @@ from .assembly_phatgoose import (
     prepare_experts,
 )
 from .configuration_phatgoose import HEADS, PhatgooseConfig
+from .context_phatgoose import DECAY
 from .export_phatgoose import save_merged_adapter
 from .fused import FusedPreTrainedModel
 from .fused_backbone import BackboneMixin, new_backbone, with_arguments_of
@@ -136,6 +137,7 @@ class PhatgooseRouter(RunningMixin, BackboneMixin, FusedPreTrainedModel):
         gates = [expert.gates for expert in experts if expert.gates is not None]
         if routing == "phatgoose" and gates and all(found.gaussians for found in gates):
             config.gate_points = gate_points(model)
+            config.gate_decay = DECAY if head in GENERATING else 0.0
         if head.endswith("classification"):  # the base's classes, if experts have none
             config.id2label, config.label2id = model.config.id2label, model.config.label2id
         if base_by_reference and not (config.base["id"] and config.base["revision"]):
@@ -437,6 +439,9 @@ class PhatgooseForGeneration(GeneratingMixin, PhatgooseRouter, GenerationMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching as in the base: tokens are routed independently of other sequences in the batch.
+
+        Gaussian gates look at the tokens before as in `generate()`, but for bases whose layers all have a sliding
+        window, and kernels that are given tables of blocks: there only at those of the same step.
 
         Args:
             args: positional arguments of the base's method.

@@ -132,6 +132,9 @@ class GatePoint(nn.Module):
         for other in self.summed:
             if other != self.index and other in state.evidence:
                 scores = scores + state.evidence[other].to(scores.device)
+        if state.context is not None and not self.pools:
+            examples = state.examples or x.shape[0]
+            scores = state.context.apply(self.index, scores, (examples, x.shape[:-1].numel() // examples), real)
         state.decisions[self.index] = state.weigh(scores)
 
 

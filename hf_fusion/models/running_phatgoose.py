@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .assembly_phatgoose import readers_of
+from .context_phatgoose import Context
 from .fused_calls import cache_in
 from .routing_phatgoose import RoutedHead
 from .state_phatgoose import Routing, RoutingCalls
@@ -54,6 +55,8 @@ class RunningMixin:
             inputs = (given.get(name) for name in ("input_ids", "inputs_embeds", self.main_input_name))
             read = next((value for value in inputs if value is not None), None)
             state.examples = 0 if read is None else read.shape[0]
+            if decay := self.config.gate_decay:
+                state.context = Context.of(decay, cache, given)
             self._prepare(state, mask, read)
             trace = state.trace
             if records and (trace is None or not trace.modules or not _continues(cache) and trace.has_seen(path)):
@@ -83,6 +86,9 @@ class RunningMixin:
         if state is None or state.entry != path:
             return
         self.calls.enter(state.outer)
+        if state.context is not None:
+            state.context.keep(output)
+            state.context = state.context.again()
         if state.records or not torch.compiler.is_dynamo_compiling():
             state.outer, state.given = None, None
             state.shared.clear()

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .configuration_phatgoose import PhatgooseConfig
+from .context_phatgoose import Context
 from .fused_calls import Calls
 
 
@@ -32,6 +33,7 @@ class Routing:
         outer: the state of the call within which this one runs.
         version: of the modules, see `RoutingCalls`.
         shared: routed module -> the input that it read last and its routing, for its other linears.
+        context: the tokens before those of the call, if decisions look at them.
         examples: B, the number of examples that the call reads; 0 if unknown.
         evidence: index of a `GatePoint` -> the experts' scores (N, E) for the input that it reads.
         decisions: index of a `GatePoint` -> the chosen experts and their weights, (N, k) each.
@@ -52,6 +54,7 @@ class Routing:
     outer: Routing | None = None
     version: int = 0
     shared: dict[Any, tuple[torch.Tensor, Any]] = field(default_factory=dict)
+    context: Context | None = None
     examples: int = 0
     evidence: dict[int, torch.Tensor] = field(default_factory=dict)
     decisions: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Routing:
         """A copy for a layer that is recomputed for its gradients, and must not be counted or traced again."""
         copied = Routing(self.top_k, self.temperature, self.rule, self.given, self.off, self.tokens, self.shape)
         copied.examples, copied.evidence, copied.decisions = self.examples, {**self.evidence}, {**self.decisions}
+        copied.context = None if self.context is None else self.context.again()
         return copied
 
     def real(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -133,6 +137,7 @@ class RoutingCalls(Calls):
         if torch.compiler.is_dynamo_compiling() or (last := self.last()) is None:
             return routing
         routing.examples, routing.evidence, routing.decisions = last.examples, {**last.evidence}, {**last.decisions}
+        routing.context = last.context
         if torch._C._current_graph_task_id() != -1:  # a layer that a checkpoint outside this model recomputes
             routing.tokens, routing.shape = last.tokens, last.shape
         else:

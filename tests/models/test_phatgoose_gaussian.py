@@ -13,6 +13,7 @@ from torch.distributions import MultivariateNormal
 from torch.nn.functional import layer_norm
 
 from hf_fusion import Expert, PhatgooseForGeneration, PhatgooseRouter
+from hf_fusion.models.context_phatgoose import CURRENT, DECAY
 from hf_fusion.models.points_phatgoose import NOISE, GatePoint, before_points, gate_points, prepared
 from hf_fusion.models.state_phatgoose import RoutingCalls
 from hf_fusion.types import Gates, Gaussian
@@ -107,7 +108,17 @@ def expected(experts: list[Expert], inputs: dict, pools: bool) -> torch.Tensor:
             mask = inputs["attention_mask"][..., None]
             z = ((z * mask).sum(1) / mask.sum(1))[:, None].expand_as(z)
         scores = scores + torch.stack([density(expert.gates.gaussians[path], z) for expert in experts], -1)
-    return scores.argmax(-1)
+    return (scores if pools else in_context(scores, inputs["attention_mask"])).argmax(-1)
+
+
+def in_context(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores (B, T, E) with those of the real tokens before, as the definition has it."""
+    found = CURRENT * scores
+    for row in range(scores.shape[0]):
+        for token in range(scores.shape[1]):
+            weights = torch.tensor([DECAY ** (token - u) * bool(mask[row, u]) for u in range(token + 1)]).double()
+            found[row, token] += weights @ scores[row, : token + 1] / weights.sum()
+    return found
 
 
 @pytest.mark.parametrize("padded", [False, True])
