@@ -66,6 +66,9 @@ SUITES = {
     for suite in (
         MergingSuite(load_suite("minilm-8"), "text", MINILM),
         MergingSuite(load_suite("vision-6"), "image", None),
+        MergingSuite(load_suite("unseen-skewed"), "text", MINILM),
+        MergingSuite(load_suite("unseen-wide"), "text", MINILM),
+        MergingSuite(load_suite("unseen-few"), "text", MINILM),
     )
 }
 
