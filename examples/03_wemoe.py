@@ -49,7 +49,7 @@ model.summary()
 
 # %%
 unlabelled = {owners[task]: task_rows(task, "adapt", 600).remove_columns("label") for task in TASKS}
-adaptation = adapt_routers(model, unlabelled, steps=100, learning_rate=1e-3, tolerance=0.3)
+adaptation = adapt_routers(model, unlabelled, experts=experts, base=base)
 adaptation
 
 # %% [markdown]
@@ -77,6 +77,6 @@ model.routing_trace()
 # %% [markdown]
 # ## Next
 #
-# - The guide [Merge per input](../docs/guides/wemoe.md): losses, the collapse guard, low rank, language models
+# - The guide [Merge per input](../docs/guides/wemoe.md): losses, the guard, low rank, language models
 # - [Publish](../docs/guides/publish.md) the model, so that transformers alone loads it
 # - Models with other labels and architectures: [04_foe](04_foe.ipynb)

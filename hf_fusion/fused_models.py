@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hf_fusion.hub.gates_file import read_gates
 from hf_fusion.hub.load import load_experts
+from hf_fusion.merging.in_memory import merge_to_start_from
 from hf_fusion.models.configuration_foe import FoEConfig
 from hf_fusion.models.configuration_phatgoose import PhatgooseConfig
 from hf_fusion.models.configuration_wemoe import WEMoEConfig
@@ -85,6 +86,7 @@ def _load_for_wemoe(
 FoEModel.load_experts = staticmethod(_load_for_foe)
 PhatgooseRouter.load_experts = staticmethod(_load_for_phatgoose)
 WEMoEModel.load_experts = staticmethod(_load_for_wemoe)
+WEMoEModel.static_merge = staticmethod(merge_to_start_from)
 
 __all__ = [
     "FoEConfig", "FoEForGeneration", "FoEModel", "FoEProcessor", "FoETrace", "PhatgooseConfig",

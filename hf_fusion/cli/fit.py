@@ -24,6 +24,7 @@ from hf_fusion.cli.parser import COUNT, POSITIVE, SEED, add_consent, at_least
 from hf_fusion.cli.progress import loading_libraries
 from hf_fusion.errors import FusionError
 from hf_fusion.families import FIT_PARTS, FITTED_BY
+from hf_fusion.recipe import Recipe
 from hf_fusion.types import ModelRef
 
 FUSER_EXAMPLES = (
@@ -133,12 +134,8 @@ def _add_routers(routers: argparse.ArgumentParser) -> None:
         "the others do not need",
     )
     routers.add_argument("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (default: 100)")
-    routers.add_argument(
-        "--learning-rate", type=POSITIVE, default=5e-4, metavar="X", help="learning rate (default: 0.0005)"
-    )
-    routers.add_argument(
-        "--batch-size", type=COUNT, default=16, metavar="N", help="rows per task and step (default: 16)"
-    )
+    routers.add_argument("--learning-rate", type=POSITIVE, metavar="X", help="learning rate (default: 0.0005)")
+    routers.add_argument("--batch-size", type=COUNT, default=8, metavar="N", help="rows per task and step (default: 8)")
     routers.add_argument(
         "--max-length", type=COUNT, default=512, metavar="N", help="maximum tokens per row (default: 512)"
     )
@@ -149,11 +146,10 @@ def _add_routers(routers: argparse.ArgumentParser) -> None:
         help="weight in the loss of the entropy of the mean prediction (default: 1; in the paper: 0)",
     )
     routers.add_argument(
-        "--tolerance",
-        type=at_least(0, float),
-        metavar="X",
-        help="stop when the effective number of classes, or the agreement with the expert, falls by more than this "
-        "share (default: 0.1)",
+        "--no-guard",
+        dest="guard",
+        action="store_false",
+        help="keep the routers of the last step, rather than those that predict most like the experts on held-out rows",
     )
 
 
@@ -310,16 +306,25 @@ def _fit_gates(args: argparse.Namespace, out: Out) -> None:
     out.hint(f"{use} --set 'missing_gates={{{name}: {args.output}}}'" if needs_path else use)
 
 
+def _experts_of(recipe: Recipe, out: Out) -> dict[str, Any]:
+    """The experts and the base that a model was fused from, to learn from; empty if they cannot be loaded."""
+    from hf_fusion.hub.load import load_experts
+
+    try:
+        base = load_experts([recipe.base], gates=False)[0] if recipe.base else None
+        experts = load_experts([expert.model for expert in recipe.experts], base=base, gates=False)
+    except FusionError as error:
+        out.warning(f"the routers learn from what the model holds of its experts: {error}")
+        return {}
+    return {"experts": experts, "base": base}
+
+
 def _fit_routers(args: argparse.Namespace, out: Out) -> None:
-    options: dict[str, Any] = {
-        name: value
-        for name, value in {"diversity": args.diversity, "tolerance": args.tolerance}.items()
-        if value is not None
-    }
-    if args.loss == "labels" and options:
-        raise UsageError("--diversity and --tolerance do not apply to --loss labels", "omit them")
+    options: dict[str, Any] = {} if args.diversity is None else {"diversity": args.diversity}
+    if args.loss == "labels" and (options or not args.guard):
+        raise UsageError("--diversity and --no-guard do not apply to --loss labels", "omit them")
     if args.loss != "labels":
-        options["loss"] = args.loss
+        options |= {"loss": args.loss, "guard": args.guard}
 
     config = read_model_config(args.folder)
     family = FITTED_BY["routers"]
@@ -350,6 +355,8 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
         reset_routers(model)
     suite, owners = split_tasks(rows, model.experts, task, expert)
     owners = match_experts_by_name(suite, model.experts) | owners
+    if args.loss != "labels":
+        options |= _experts_of(recipe, out)
     folder = Path(args.folder).resolve()
     checkpoints = folder.with_name(ROUTER_CHECKPOINTS.format(f".{folder.name}"))
     facts = (fit_routers if args.loss == "labels" else adapt_routers)(
@@ -370,8 +377,8 @@ def _fit_routers(args: argparse.Namespace, out: Out) -> None:
             "task": task,
             "rows": str(facts.rows[task]),
             "confidence": f"{first.confidence:.2f} → {facts.after[task].confidence:.2f}",
-            "effective classes": f"{first.classes:.1f} → {facts.after[task].classes:.1f}",
             "agreement with the expert": f"{first.agreement:.0%} → {facts.after[task].agreement:.0%}",
+            "beyond chance (κ)": f"{first.kappa:.2f} → {facts.after[task].kappa:.2f}",
         }
         for task, first in facts.before.items()
     ]

@@ -10,6 +10,7 @@ import torch
 
 from hf_fusion.data import match_experts_by_name
 from hf_fusion.evaluation.routing_map import JsonFile, read_batches
+from hf_fusion.models.configuration_wemoe import ARITHMETIC
 from hf_fusion.progress import track
 from hf_fusion.training.batches import Examples, unlabelled
 
@@ -32,8 +33,8 @@ class CoefficientMap(JsonFile):
         coefficients: T × L × K means over the task's rows.
         n: rows of each task.
         owners: task → the expert that was trained on it, where there is one.
-        scaling: λ, the constant that task arithmetic has in place of all of them; None for SMILE, whose weights of a
-            token add up to 1.
+        scaling: λ, the constant that task arithmetic has in place of all of them; None for a model that starts from
+            another merge, and for SMILE, whose weights of a token add up to 1.
         example: text of the first row of the first task, or None for images.
     """
 
@@ -90,6 +91,7 @@ def map_coefficients(
         counts.append(count)
     first: Any = next(iter(suite.values()))
     column = next((c for c in ("prompt", "text") if c in getattr(first, "column_names", ())), None)
+    is_arithmetic = model.config.routing == "wemoe" and model.config.merge == ARITHMETIC
     return CoefficientMap(
         experts=list(model.experts),
         layers=layers,
@@ -97,6 +99,6 @@ def map_coefficients(
         coefficients=coefficients,
         n=counts,
         owners=owners,
-        scaling=None if model.config.routing == "smile" else model.config.scaling,
+        scaling=model.config.scaling if is_arithmetic else None,
         example=first[0][column] if column else None,
     )

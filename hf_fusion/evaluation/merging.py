@@ -23,6 +23,7 @@ from hf_fusion.evaluation.task_metrics import METRICS
 from hf_fusion.hub.load import load_experts
 from hf_fusion.hub.lora import with_adapter
 from hf_fusion.hub.task_heads import head_of_architecture, normalise_label
+from hf_fusion.models.configuration_wemoe import ARITHMETIC
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import CoefficientMerge, merged_once
 from hf_fusion.training.batches import read_examples
@@ -67,6 +68,7 @@ class TaskModel:
         return predict_batch(self.model, inputs, METRICS[batch.task.metric].reads)
 
 
+DEFAULT_SCALING = 0.3  # λ of task arithmetic beside a model that starts from another merge
 # What a static merge of the experts is, from λ and K: the coefficient of every task vector.
 MERGES: dict[str, tuple[str, Callable[[float, int], float]]] = {
     "base": ("base", lambda scaling, count: 0.0),
@@ -103,7 +105,8 @@ def measure_merged(
         suite: task → test rows; columns ``text`` (``text_pair``) or ``image`` with ``label``, or ``prompt`` and
             ``target``.
         experts: what it was made of, as `load_experts` takes them; with them the base under the experts' heads, the
-            simple average, task arithmetic with the model's λ, and each expert on its own task are measured too.
+            simple average, task arithmetic with the model's λ (0.3 if it starts from another merge), and each expert on
+            its own task are measured too.
         base: what the experts were fine-tuned from.
         owners: task → the expert whose task it is, where `match_experts_by_name` does not find it.
         more: further predictors, with distinct names.
@@ -258,14 +261,14 @@ def _beside(
     how: dict[str, Any] = {"gates": False, "trust_remote_code": agreed}
     start = load_experts([base], **how)[0] if base is not None else None
     loaded = load_experts(list(experts), base=start, **how)
-    merge = CoefficientMerge(loaded, start.model if start else None, "layer", model.config.scaling).to(
-        model.backbone.device
-    )
+    merge = CoefficientMerge(loaded, start.model if start else None).to(model.backbone.device)
     if merge.experts != model.experts:
         raise FusionError(f"the model was made from {model.experts}, not from {merge.experts}")
+    is_arithmetic = getattr(model.config, "merge", ARITHMETIC) == ARITHMETIC and model.config.scaling
+    scaling = model.config.scaling if is_arithmetic else DEFAULT_SCALING
     predictors = []
     for name, (kind, coefficient) in MERGES.items():
-        given = [coefficient(model.config.scaling, len(loaded))] * len(loaded)
+        given = [coefficient(scaling, len(loaded))] * len(loaded)
         predictors.append(TaskModel(name, merge, kind, partial(CoefficientMerge.using, coefficients=given)))
     return [*predictors, TaskModel(INDIVIDUAL, _Individual(merge, loaded), "oracle")]
 

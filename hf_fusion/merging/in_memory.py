@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from hf_fusion.errors import FusionError
 from hf_fusion.merging.engine.open_models import layer_depths
 from hf_fusion.merging.engine.stream import not_finite_error
 from hf_fusion.merging.engine.tensors import MemoryReader, Statistic, Tensors, WholeModel, merge_tensors
-from hf_fusion.merging.methods import method_named
+from hf_fusion.merging.methods import METHODS_LISTING, method_named
 from hf_fusion.merging.settings import arguments_at, check_settings
 from hf_fusion.schema import KeyPath
 
@@ -74,4 +75,51 @@ def merge_states(
     return merged
 
 
-__all__ = ["merge_states"]
+def check_start(method: str, experts: int, parameters: Mapping[str, Any]) -> None:
+    """Checks that a method merges whole models without data, as training needs to start from.
+
+    Args:
+        method: its name.
+        experts: how many models it would merge.
+        parameters: its parameters.
+
+    Raises:
+        FusionError: it does not, or a parameter is not its own.
+    """
+    row = method_named(method)
+    least, most = row.experts
+    reason = (
+        "it merges adapters" if row.merges != "models" else
+        "it needs statistics of data" if row.statistics else
+        "it assembles layers" if row.plans else
+        f"it does not merge {experts} models" if not least <= experts <= (most or experts) else
+        ""
+    )  # fmt: skip
+    if reason:
+        raise FusionError(f"{method} cannot be what routers start from: {reason}", METHODS_LISTING)
+    check_settings(method, row.parameters, parameters, KeyPath(""))
+
+
+def merge_to_start_from(
+    method: str, scaling: float | None, base: Mapping[str, torch.Tensor], experts: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The static merge that routers or coefficients start from, and the λ that it was made with.
+
+    Args:
+        method: see `check_start`.
+        scaling: its λ; None for its default, which is 1 for a method without one.
+        base: see `merge_states`.
+        experts: see `merge_states`.
+
+    Raises:
+        FusionError: see `check_start` and `merge_states`.
+    """
+    given: dict[str, Any] = {} if scaling is None else {"scaling": scaling}
+    check_start(method, len(experts), given)
+    if scaling is None:
+        known = method_named(method).parameters
+        scaling = known["scaling"].default if "scaling" in known else 1.0
+    return merge_states(method, base, experts, **given), scaling
+
+
+__all__ = ["check_start", "merge_states", "merge_to_start_from"]

@@ -298,11 +298,10 @@ def merge_rest(
     names: Sequence[str],
     base: Mapping[str, torch.Tensor],
     sources: Sequence[ExpertSource],
-    rule: Callable[[torch.Tensor, Sequence[torch.Tensor], float], torch.Tensor],
     scaling: float,
     transposed: Callable[[str], bool],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge tensors that are not up-scaled one by one in fp32; unchanged tensors are those of the base."""
+    """Add λ times the task vectors to tensors that are not up-scaled, one by one in fp32 (arXiv 2212.04089)."""
     for name in names:
         tensor = base[name]
         if not tensor.is_floating_point():
@@ -312,9 +311,11 @@ def merge_rest(
         if all(vector is None or not vector.any() for vector in vectors):
             yield name, tensor
         else:
-            start = tensor.float()
-            full = [vector if vector is not None else torch.zeros_like(start) for vector in vectors]
-            yield name, rule(start, full, scaling).to(tensor.dtype)
+            merged = tensor.to(torch.float32, copy=True)
+            for vector in vectors:
+                if vector is not None:
+                    merged.add_(vector, alpha=scaling)
+            yield name, merged.to(tensor.dtype)
 
 
 __all__ = ["MODULES", "ExpertSource"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +25,22 @@ from .assembly_wemoe import (
     renamed,
     tied_groups,
 )
-from .configuration_wemoe import LOW_RANK, WEMoEConfig
+from .configuration_wemoe import ARITHMETIC, LOW_RANK, WEMoEConfig
 from .fused_adapters import refuse_tied
 from .fused_heads import head_of, labels_of
 from .linears_wemoe import UpscaledLinear, rows_of_block
-from .merging_wemoe import RULES
 
 HEADS = ("task", "shared", "base")
+WHOLE = (
+    "exact",
+    "bfloat16",
+)  # task vectors that may be relative to any weights, as after another merge than `ARITHMETIC`
+
+# (method, its λ or None for its default, base's tensors, each expert's) → name → merged tensor, and the λ
+StaticMerge = Callable[
+    [str, float | None, Mapping[str, torch.Tensor], Sequence[Mapping[str, torch.Tensor]]],
+    tuple[Mapping[str, torch.Tensor], float],
+]
 
 
 @dataclass
@@ -91,6 +100,8 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
         raise ValueError("a fusion needs at least one expert; the list is empty")
     for name in ("scaling", "density", "top_k", "gate_rank"):
         value = options.get(name, 1)
+        if name == "scaling" and value is None:
+            continue
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, not a number")
     known = ("task_vectors", "routing", "router_layers", "density")
@@ -99,10 +110,16 @@ def check_options(experts: Sequence[Any], **options: Any) -> None:
         raise ValueError(f"modules is {modules!r}, not a name or a regular expression")
     if options.get("heads", "task") not in HEADS:
         raise ValueError(f"heads is {options['heads']!r}; it must be one of {', '.join(HEADS)}")
-    if options.get("merge", "task_arithmetic") not in RULES:
-        raise ValueError(f"merge is {options['merge']!r}; it must be one of {', '.join(RULES)}")
+    kind = options.get("task_vectors", "exact")
+    if (merge := options.get("merge", ARITHMETIC)) != ARITHMETIC and (
+        kind not in WHOLE or options.get("routing") == "smile"
+    ):
+        raise ValueError(
+            f"merge={merge!r} needs task_vectors={' or '.join(map(repr, WHOLE))}: relative to that merge, task vectors "
+            "are neither sparse nor of low rank"
+        )
     rank, energy = options.get("rank"), options.get("energy")
-    if (kind := options.get("task_vectors")) in LOW_RANK:
+    if kind in LOW_RANK:
         if (rank is None) == (energy is None):
             raise ValueError(f"task_vectors={kind!r} needs either rank= or energy=")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
@@ -166,13 +183,16 @@ def align_experts(experts: Sequence[Any], base: Any) -> AlignedExperts:
     return AlignedExperts(template, head, paths, known, sources, config_base)
 
 
-def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> BuildPlan:
+def make_plan(
+    experts: Sequence[Any], base: Any, options: Mapping[str, Any], static_merge: StaticMerge | None = None
+) -> BuildPlan:
     """Check loaded experts, and merge all tensors that are not up-scaled.
 
     Args:
         experts: each with name, model, adapter, labels, revision, license, task and processor.
         base: the loaded base; None if all experts are adapters.
         options: of `WEMoEModel.from_experts`.
+        static_merge: merges by any other method than task arithmetic; needed for those alone.
 
     Raises:
         ValueError: experts do not fit; the message names the expert, the tensor and the reason.
@@ -193,6 +213,15 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
         raise ValueError("experts have different labels: no single head can serve them; leave heads='task'")
     if heads == "base" and paths and not all(f"{key}" in known for key in state):
         raise ValueError("heads='base', but the base has no head")
+    scaling = options["scaling"]
+    if options["merge"] != ARITHMETIC:
+        if static_merge is None:
+            raise ValueError(f"merge={options['merge']!r} needs hf_fusion installed: pip install hf_fusion")
+        conv = {f"{path}.weight" for path, module in modules.items() if isinstance(module, Conv1D)}
+        states = [_state(source, known, conv) for source in sources]
+        merged, scaling = static_merge(options["merge"], scaling, known, states)
+        known = {name: merged[name].to(tensor.dtype) for name, tensor in known.items()}
+    options = {**options, "scaling": 0.3 if scaling is None else scaling}
     config = _config(template, head, aligned.row, sources, units, per_task, options)
     if options["shared_router"] and len(widths := {_sizes(modules[unit["paths"][0]])[0] for unit in units}) > 1:
         raise ValueError(f"shared_router=True, but what routers read is {sorted(widths)} wide")
@@ -201,6 +230,15 @@ def make_plan(experts: Sequence[Any], base: Any, options: Mapping[str, Any]) -> 
     _measure_sizes(plan, units, modules, options)
     plan.backbone = _merged_template(plan, template, units, per_task, heads, options, modules)
     return plan
+
+
+def _state(source: ExpertSource, base: Mapping[str, torch.Tensor], conv: Collection[str]) -> dict[str, torch.Tensor]:
+    """All tensors of an expert, by the names of the base; a linear in `conv` is stored transposed."""
+    state = {}
+    for name, tensor in base.items():
+        vector = source.vector(name, tensor, name in conv) if tensor.is_floating_point() else None
+        state[name] = tensor if vector is None else tensor.float() + vector
+    return state
 
 
 def _base_of(experts: Sequence[Any], base: Any) -> tuple[Any, dict[str, Any]]:
@@ -354,7 +392,7 @@ def _merged_template(
         key: torch.stack([s.tensors[key].float() for s in sources]).mean(0) for key in rest if key not in plan.base
     }
     known = {**plan.base, **{key: mean.to(saved[key].dtype) for key, mean in absent.items()}}
-    merged = merge_rest(rest, known, sources, RULES[options["merge"]], options["scaling"], transposed)
+    merged = merge_rest(rest, known, sources, plan.config.start, transposed)
     for key, tensor in merged:
         tensor = tensor.to(tensors[key].dtype)
         is_parameter = isinstance(tensors[key], torch.nn.Parameter)

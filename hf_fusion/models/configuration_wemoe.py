@@ -20,6 +20,7 @@ HEADS = (
 LOW_RANK = ("low-rank", "low-rank-bfloat16")
 TASK_VECTORS = ("exact", "bfloat16", "sparse", *LOW_RANK)
 ROUTINGS = ("wemoe", "smile")
+ARITHMETIC = "task_arithmetic"
 UNIT: Table = {
     "name": NAME,
     "paths": each(NAME, least=1),
@@ -80,8 +81,10 @@ class WEMoEConfig(BackboneConfig):
         router_layers: 0 (a vector), 1 or 2 linear layers.
         shared_router: one router for all units (E-WEMoE), rather than one each.
         batch_reduce: one merge per batch; outputs then depend on the other samples of the batch.
-        scaling: λ of the merge of all other tensors, and initial value of all coefficients.
-        merge: rule by which all other tensors were merged.
+        scaling: λ of `merge`.
+        merge: the static merge that the model starts from. With task arithmetic, `scaling` is the initial value of all
+            coefficients. With another method, the merged model takes the place of the base: task vectors are relative
+            to it, and coefficients start from 0.
         num_experts_per_tok: top-k of SMILE.
         gate_rank: leading singular vectors that SMILE's gates read.
         adaptation: how routers were adapted: "loss" ("entropy" of unlabelled rows, or "labels"), "diversity" (weight
@@ -108,7 +111,7 @@ class WEMoEConfig(BackboneConfig):
     shared_router: bool = False
     batch_reduce: bool = False
     scaling: float = 0.3
-    merge: str = "task_arithmetic"
+    merge: str = ARITHMETIC
     num_experts_per_tok: int = 1
     gate_rank: int = 16
     adaptation: dict[str, Any] | None = None
@@ -121,6 +124,11 @@ class WEMoEConfig(BackboneConfig):
         super().__post_init__(**kwargs)
         if self.routing == "smile" and self.task_vectors not in LOW_RANK:
             raise ValueError("routing='smile' reads singular vectors: it needs task_vectors='low-rank'")
+
+    @property
+    def start(self) -> float:
+        """The coefficient of every expert at first: the model is then the static merge that it starts from."""
+        return self.scaling if self.merge == ARITHMETIC else 0.0
 
     def _relations(self) -> Iterator[Row]:
         """Constraints between fields, see `fused_checks.Row`."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .build_wemoe import BuildPlan, check_options, make_plan
+from .build_wemoe import BuildPlan, StaticMerge, check_options, make_plan
 from .configuration_wemoe import LOW_RANK, WEMoEConfig
 from .fingerprint_wemoe import fingerprint_of, first_mismatch
 from .fused import FusedPreTrainedModel
@@ -42,6 +42,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
 
     config: WEMoEConfig
     config_class = WEMoEConfig
+    static_merge: ClassVar[StaticMerge | None] = None  # set by hf_fusion
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: WEMoEConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -66,7 +67,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
         cls,
         experts: Sequence[Any],
         base: Any = None,
-        scaling: float = 0.3,
+        scaling: float | None = None,
         router_layers: int = 2,
         modules: str = "mlp",
         task_vectors: str = "exact",
@@ -88,7 +89,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             experts: loaded full fine-tunes and LoRA adapters, or ids ("owner/name@revision") and folders, which need
                 hf_fusion installed to be resolved.
             base: the model they were fine-tuned from; adapters record theirs.
-            scaling: λ of the merge of all other tensors, and initial value of all coefficients.
+            scaling: λ of `merge`; default: 0.3 for task arithmetic, and otherwise the method's own.
             router_layers: 0, 1 or 2.
             modules: what is up-scaled: "mlp", "attention", or a regular expression for paths of linears.
             task_vectors: how they are stored: "exact", "bfloat16", "sparse" (E-WEMoE), "low-rank", or
@@ -105,23 +106,23 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             batch_reduce: one merge per batch; outputs then depend on the other samples of the batch.
             heads: for classifiers: "task", one per expert; "shared", merged; "base", that of the base.
             default_task: the expert whose head predicts without ``task=``; default is the first.
-            merge: rule for everything that is not up-scaled, one of `merging_wemoe.RULES`.
+            merge: the static merge that the model starts from: any method for whole models that needs no data. Task
+                arithmetic makes λ the initial coefficient. Any other merge takes the place of the base, for "exact" and
+                "bfloat16" task vectors alone, and coefficients start from 0.
 
         Returns:
-            The model, in evaluation mode; its routers return λ until they are trained.
+            The model, in evaluation mode; it is the static merge until its routers are trained.
 
         Raises:
             ValueError: experts do not fit together; the message names the expert, the tensor and the reason.
         """
-        options = {
-            name: value for name, value in locals().items() if name not in ("cls", "experts", "base", "__class__")
-        }
+        options = {k: v for k, v in locals().items() if k not in ("cls", "experts", "base", "__class__")}
         cls.check_options(experts, **options)
         if not all(hasattr(expert, "adapter") for expert in experts) or not (base is None or hasattr(base, "adapter")):
             if cls.load_experts is None:
                 raise ValueError("ids, folders and bare models need hf_fusion installed: pip install hf_fusion")
             experts, base = cls.load_experts(experts, base)
-        plan = make_plan(experts, base, options)
+        plan = make_plan(experts, base, options, cls.static_merge)
         family = WEMoEForGeneration if plan.config.head in GENERATING else WEMoEModel
         model: Any = family(plan.config, plan.backbone)
         model._fill(plan)
@@ -164,7 +165,7 @@ class WEMoEModel(BackboneMixin, FusedPreTrainedModel):
             if config.routing == "wemoe" and (shared_router is None or not config.shared_router):
                 width, weight = linears[0].in_features, linears[0].weight
                 like = {"dtype": weight.dtype, "device": weight.device}
-                router = Router(width, config.num_experts, config.router_layers, config.scaling, like, index)
+                router = Router(width, config.num_experts, config.router_layers, config.start, like, index)
                 shared_router = router
                 (self if config.shared_router else linears[0]).add_module("router", router)
             elif config.routing == "wemoe":

@@ -108,7 +108,7 @@ class CoefficientMerge(nn.Module):
     def forward(self, task: str | None = None, **inputs: Any) -> Any:
         """Runs the merged model with the head of a task (default: the first)."""
         activate_heads(self.backbone, self.heads, index_of(task or self.experts[0], self.experts))
-        return functional_call(self.backbone, self._tensors(), kwargs=inputs)
+        return functional_call(self.backbone, self.tensors_now(), kwargs=inputs)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -131,7 +131,18 @@ class CoefficientMerge(nn.Module):
         """
         fixed = by_unit(coefficients, self.experts, [])[""][0]
         with torch.no_grad():
-            before, self._cached = self._cached, self._merge(fixed.to(self.coefficients.device))
+            tensors = self._merge(fixed.to(self.coefficients.device))
+        with self.showing(tensors):
+            yield
+
+    @contextmanager
+    def showing(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context the model has other weights.
+
+        Args:
+            tensors: a tensor for each name in `tensors`.
+        """
+        before, self._cached = self._cached, dict(tensors)
         try:
             yield
         finally:
@@ -141,17 +152,46 @@ class CoefficientMerge(nn.Module):
         """What is minimised for a small loss of batches: the loss itself."""
         return loss
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors_now(self) -> dict[str, torch.Tensor]:
+        """Name -> merged tensor, with the coefficients of the context or the learned ones."""
         return self._cached if self._cached is not None else self._merge(self.coefficients)
+
+    @torch.no_grad()
+    def task_arithmetic(self, scaling: float) -> dict[str, torch.Tensor]:
+        """Name -> θ0 + λ Σ τ, with one λ for all experts."""
+        return CoefficientMerge._merge(self, torch.full((len(self.experts),), scaling).to(self.coefficients))
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """Name -> task vectors (K, ...), one of each expert."""
+        return {name: getattr(self, f"vectors_{index}") for index, name in enumerate(self.tensors)}
+
+    def states(self) -> tuple[dict[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
+        """Name -> tensor, of the base and of each expert; only what at least one expert changed.
+
+        The experts' tensors are computed when they are read.
+        """
+        base, vectors = self.task_arithmetic(0.0), self.vectors()
+        return base, [_ExpertTensors(base, vectors, index) for index in range(len(self.experts))]
+
+    @torch.no_grad()
+    def rebase(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Makes other weights the base: task vectors are relative to them, and the experts stay what they are.
+
+        Args:
+            tensors: a tensor for each name in `tensors`.
+        """
+        known = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        for name, vectors in self.vectors().items():
+            vectors += known[name] - tensors[name]
+            known[name].copy_(tensors[name])
 
     def _merge(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensor name -> θ0 + Σ_k λ_k τ_k, with coefficients (K,) or (L, K)."""
         base = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
         rows = coefficients.expand(len(self.tensors), -1)
-        vectors = (getattr(self, f"vectors_{index}") for index in range(len(self.tensors)))  # (K, ...) each
         return {
             name: clamp_variance(name, base[name] + torch.tensordot(row.to(taus.dtype), taus, dims=1))
-            for name, row, taus in zip(self.tensors, rows, vectors, strict=True)
+            for row, (name, taus) in zip(rows, self.vectors().items(), strict=True)
         }
 
     @torch.no_grad()
@@ -162,7 +202,7 @@ class CoefficientMerge(nn.Module):
             self.backbone, self.heads, index, self.config.experts[index]["labels"], {}
         )
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors_now().items():
             targets[name].copy_(tensor)
         model.requires_grad_(True).eval()
         return model
@@ -172,6 +212,22 @@ class CoefficientMerge(nn.Module):
         rows = self.coefficients.detach().cpu().view(-1, len(self.experts)).tolist()
         names = self.tensors if self.coefficients.dim() == 2 else [""]
         return {name: dict(zip(self.experts, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+
+class _ExpertTensors(Mapping[str, torch.Tensor]):
+    """Name -> an expert's tensor, from the base's and the task vectors (K, ...)."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], index: int) -> None:
+        self.base, self.vectors, self.index = base, vectors, index
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.base[name] + self.vectors[name][self.index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
 
 
 if TYPE_CHECKING:

@@ -21,23 +21,27 @@ from transformers import Trainer
 
 from hf_fusion.errors import FusionError, suggestion
 from hf_fusion.models.routing_wemoe import Router
-from hf_fusion.training.adamerging import merged_once, training_objective
+from hf_fusion.progress import track
+from hf_fusion.training.adamerging import CoefficientMerge, merged_once, training_objective
 from hf_fusion.training.adaptation import Adaptation
 from hf_fusion.training.batches import Examples, class_logits, read_examples, unlabelled
 from hf_fusion.training.callbacks import set_progress
 from hf_fusion.training.collapse_guard import CollapseGuard
 from hf_fusion.training.runs import TrainedParameters, digest, find_checkpoint, on_device, training_arguments
+from hf_fusion.training.starts import choose_start, predict_rows, start_from
 from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fusion.hub.load import ExpertLike
     from hf_fusion.models.modeling_wemoe import WEMoEModel
     from hf_fusion.training.adamerging import LearnedMerge
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_ROWS = 64  # per task, for the collapse guard; not trained on, if the task has enough rows
+START_ROWS = 128  # per task, on which merges to start from are compared
 CHECKS = 10  # per run
 RUN_FILE = "router_training.json"  # identifies the run whose checkpoints a folder holds
 
@@ -48,10 +52,12 @@ def adapt_routers(
     *,
     loss: str = "expert",
     steps: int = 100,
-    learning_rate: float = 5e-4,
-    batch_size: int = 16,
+    learning_rate: float | None = None,
+    batch_size: int = 8,
     diversity: float = 1.0,
-    tolerance: float = 0.1,
+    guard: bool = True,
+    experts: Sequence[ExpertLike] | None = None,
+    base: ExpertLike | None = None,
     max_length: int = 512,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -59,19 +65,18 @@ def adapt_routers(
 ) -> Adaptation:
     """Trains the routers without labels, on all tasks at once; the loss is summed over the tasks.
 
-    "expert": ``mean_x KL(p_k(y|x) ‖ p(y|x))``. The teacher p_k is this model with only the task's expert in every
-    routed module. The routers do not see the task: they learn to recognise it from the input.
+    "expert": ``mean_x KL(p_k(y|x) ‖ p(y|x))``. The teacher p_k is the task's expert, from `experts`; without them it is
+    this model with only the expert's coefficients at 1, which for a WEMoE lacks what the expert changed elsewhere. The
+    routers do not see the task: they learn to recognise it from the input.
 
     "entropy": ``mean_x H(p(y|x)) - diversity · H(mean_x p(y|x))``, the papers' test-time adaptation. With diversity 0
     it is their loss, which is known to collapse: every input gets the same class with high confidence. With 1 it is
     the mutual information of inputs and predictions (information maximisation: SHOT, arXiv 2002.08546), which favours
     balanced classes.
 
-    The collapse guard holds out `VALIDATION_ROWS` rows of each task and compares the model's predictions with those
-    of the task's expert. It stops training when a task's predictions cover fewer classes than before training and
-    than its expert's, or agree less with the expert than before training (permuted classes keep confidence and
-    balance), by more than `tolerance`. `Adaptation.stopped` and a warning then say why. The routers that are kept are
-    in any case those of the check with the highest mean agreement.
+    With `guard`, `VALIDATION_ROWS` rows of each task are held out, and every tenth of the steps the model's
+    predictions for them are compared with the experts': see `CollapseGuard`. The routers that are kept are those of
+    the best check, which may be that before training; the learning rate is halved where checks get worse.
 
     Runs on transformers' Trainer with AdamW, without weight decay: `accelerate launch` distributes it over processes.
     The same seed gives the same routers.
@@ -83,11 +88,14 @@ def adapt_routers(
             labels are ignored. For CLIP: `zero_shot_examples`.
         loss: "expert" or "entropy", see above.
         steps: optimizer steps; each takes `batch_size` rows of every task.
-        learning_rate: constant by default.
+        learning_rate: constant; default: 5e-4 for routers, 1e-2 for coefficients, which each step moves by at most the
+            rate.
         batch_size: rows per task and process.
         diversity: weight of the diversity term of "entropy", at least 0.
-        tolerance: share by which the effective number of classes, or the agreement with the expert, may fall before
-            training stops, in (0, 1]; 1 turns the checks off and keeps the routers of the last step.
+        guard: whether predictions are checked; otherwise the routers are those of the last step.
+        experts: what the model was fused from, as for `fuse`; the teachers of "expert". A `CoefficientMerge` holds
+            them already.
+        base: of `experts`, if they are full models.
         max_length: longest sequence, in tokens.
         seed: for the order of the rows.
         output_dir: folder for checkpoints (of the routers alone); an interrupted run resumes from them.
@@ -104,10 +112,9 @@ def adapt_routers(
         raise FusionError(f"there is no loss {loss!r}", suggestion(loss, LOSSES))
     if not diversity >= 0:
         raise FusionError(f"diversity={diversity}", hint="0, the papers' loss, or more")
-    if not 0 < tolerance <= 1:
-        raise FusionError(f"tolerance={tolerance}", hint="greater than 0 and at most 1, which turns the checks off")
     examples = {task: _read(model, task, rows, max_length, labelled=False) for task, rows in unlabelled_rows.items()}
-    report = Adaptation(loss, diversity if loss == "entropy" else 0.0, learning_rate, batch_size)
+    rate = _learning_rate(model, learning_rate)
+    report = Adaptation(loss, diversity if loss == "entropy" else 0.0, rate, batch_size)
     return _fit(
         model,
         examples,
@@ -116,8 +123,9 @@ def adapt_routers(
         steps,
         seed,
         output_dir,
-        tolerance,
         VALIDATION_ROWS,
+        guard,
+        _reference(model, experts, base),
         **more,
     )
 
@@ -127,8 +135,8 @@ def fit_routers(
     labelled_rows: Mapping[str, Dataset | Examples],
     *,
     steps: int = 100,
-    learning_rate: float = 5e-4,
-    batch_size: int = 16,
+    learning_rate: float | None = None,
+    batch_size: int = 8,
     max_length: int = 512,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -156,7 +164,7 @@ def fit_routers(
     """
     examples = {task: _read(model, task, rows, max_length, labelled=True) for task, rows in labelled_rows.items()}
     loss = partial(_supervised, model, examples)
-    report = Adaptation("labels", 0.0, learning_rate, batch_size)
+    report = Adaptation("labels", 0.0, _learning_rate(model, learning_rate), batch_size)
     return _fit(model, examples, report, loss, steps, seed, output_dir, **more)
 
 
@@ -164,8 +172,12 @@ def reset_routers(model: WEMoEModel) -> None:
     """Gives all routers their initial weights: every coefficient is λ again."""
     for module in model.modules():
         if isinstance(module, Router):
-            module.reset(model.config.scaling)
+            module.reset(model.config.start)
     model.config.adaptation = None
+
+
+def _learning_rate(model: LearnedMerge, given: float | None) -> float:
+    return given if given is not None else 1e-2 if isinstance(model, CoefficientMerge) else 5e-4
 
 
 def _read(model: LearnedMerge, task: str, rows: Dataset | Examples, max_length: int, labelled: bool) -> Examples:
@@ -186,6 +198,21 @@ def _read(model: LearnedMerge, task: str, rows: Dataset | Examples, max_length: 
     return read_examples(expert, rows if labelled else unlabelled(rows), max_length)
 
 
+def _reference(
+    model: LearnedMerge, experts: Sequence[ExpertLike] | None, base: ExpertLike | None
+) -> CoefficientMerge | None:
+    """All weights of the model's experts, to learn from; None if there are none but the model's own."""
+    if experts is None or isinstance(model, CoefficientMerge):
+        return None
+    reference = CoefficientMerge(experts, base)
+    if reference.experts != list(model.experts):
+        raise FusionError(
+            f"the experts are {', '.join(reference.experts)}, those of the model {', '.join(model.experts)}",
+            hint="pass the experts that the model was fused from, in their order",
+        )
+    return reference
+
+
 def _entropy_loss(model: LearnedMerge, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
     """Σ over tasks: mean entropy - diversity · entropy of the mean prediction."""
     losses = []
@@ -202,17 +229,17 @@ def _entropy_loss(model: LearnedMerge, diversity: float, batches: Mapping[str, A
 
 def _distillation_loss(model: LearnedMerge, diversity: float, batches: Mapping[str, Any]) -> torch.Tensor:
     """Σ over tasks: mean KL divergence of the model's predictions from those of the task's expert."""
-    teacher = {}
-    with torch.no_grad():
-        for task, inputs in batches.items():
-            with model.using(task):
-                teacher[task] = class_logits(partial(model, task=task), inputs).log_softmax(-1)  # (B, C)
     losses = []
     with merged_once(model):
         for task, inputs in batches.items():
-            log = class_logits(partial(model, task=task), inputs).log_softmax(-1)
-            losses.append(nn.functional.kl_div(log, teacher[task], reduction="batchmean", log_target=True))
+            teacher = inputs["expert_logits"].log_softmax(-1)  # (B, C)
+            log = class_logits(partial(model, task=task), _without(inputs, "expert_logits")).log_softmax(-1)
+            losses.append(nn.functional.kl_div(log, teacher, reduction="batchmean", log_target=True))
     return torch.stack(losses).sum()
+
+
+def _without(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key != name}
 
 
 # losses without labels: (model, diversity, task -> inputs) -> loss
@@ -237,8 +264,9 @@ def _fit(
     steps: int,
     seed: int,
     output_dir: str | Path | None,
-    tolerance: float = 1.0,
     validation_rows: int = 0,
+    is_guarded: bool = False,
+    teacher: LearnedMerge | None = None,
     **more: Any,
 ) -> Adaptation:
     """Trains the parameters that require gradients, under a collapse guard."""
@@ -248,14 +276,26 @@ def _fit(
     if not examples:
         raise FusionError("there are no rows to learn from", hint="{task: rows}, a task for each expert")
     options = {"lr_scheduler_type": "constant", "dataloader_drop_last": True, **more}
-    rows = _TaskRows(examples, validation_rows, seed)
-    report.rows = {task: len(indices) for task, indices in rows.train.items()}
+    teacher = teacher or model
     with (
         training_arguments(output_dir, steps, report.learning_rate, report.batch_size, seed, **options) as arguments,
         on_device(model, arguments.device),
+        on_device(teacher, arguments.device),
     ):
-        rows.min_length = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-        guard = CollapseGuard(model, examples, rows.validation, report, trained, tolerance, max(1, steps // CHECKS))
+        per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+        rows = _TaskRows(examples, validation_rows, per_step, steps, seed)
+        report.rows = {task: len(indices) for task, indices in rows.train.items()}
+        size = 4 * report.batch_size
+        if is_guarded and isinstance(teacher, CoefficientMerge) and not model.config.adaptation:
+            some = {task: (rows.validation[task] + rows.train[task])[:START_ROWS] for task in examples}
+            start = choose_start(model, teacher, examples, some, _expert_logits(teacher, examples, some, size), size)
+            start_from(model, teacher, start)
+            report.merge, report.scaling = start.method, start.scaling
+        validation = _expert_logits(teacher, examples, rows.validation, size)
+        if report.loss == "expert":
+            rows.expert_logits = _expert_logits(teacher, examples, rows.train, size)
+        every = max(1, steps // CHECKS) if is_guarded else None
+        guard = CollapseGuard(model, examples, rows.validation, report, trained, validation, every)
         trainer = Trainer(
             model=TrainedParameters(trained, training_objective(model, loss)),
             args=arguments,
@@ -268,11 +308,11 @@ def _fit(
         guard.start()
         checkpoint = None
         if output_dir:
-            run = {"routers": digest(trained), "seed": seed, "tolerance": tolerance, **report.for_config()}
+            run = {"routers": digest(trained), "seed": seed, "guard": is_guarded, **report.for_config()}
             del run["steps"]
             checkpoint = find_checkpoint(Path(output_dir), RUN_FILE, run, steps)
         trainer.train(resume_from_checkpoint=checkpoint)
-        guard.finish(trainer.state.global_step)
+        guard.finish()
         report.after = guard.check()
     model.zero_grad()
     if report.stopped:
@@ -281,38 +321,62 @@ def _fit(
     return report
 
 
+def _expert_logits(
+    teacher: LearnedMerge, examples: Mapping[str, Examples], rows: Mapping[str, Sequence[int]], batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Task -> its expert's logits of some of its rows, (N, C); tasks without rows are left out."""
+    found = {}
+    for task in track([task for task in examples if rows[task]], "Reading the experts' predictions"):
+        with teacher.using(task):
+            found[task] = predict_rows(teacher, task, examples[task], rows[task], batch_size)
+    return found
+
+
 class _TaskRows(torch.utils.data.Dataset[Any]):
     """Items of one row per task; tasks with fewer rows are cycled through.
 
     Args:
         examples: by task.
         validation_rows: rows of each task to hold out; of a task with few rows at most a quarter.
+        per_step: rows of each task that an optimizer step takes.
+        steps: optimizer steps; rows that they do not reach are left out.
         seed: for the order of the rows.
+
+    Attributes:
+        expert_logits: task -> its expert's logits of the training rows, (N, C), if they are learned from.
     """
 
-    def __init__(self, examples: Mapping[str, Examples], validation_rows: int, seed: int) -> None:
-        self.examples = examples
-        self.min_length = 1  # rows of one optimizer step
+    def __init__(
+        self, examples: Mapping[str, Examples], validation_rows: int, per_step: int, steps: int, seed: int
+    ) -> None:
+        self.examples, self.per_step = examples, per_step
         self.train: dict[str, list[int]] = {}
         self.validation: dict[str, list[int]] = {}
+        self.expert_logits: dict[str, torch.Tensor] = {}
         for index, (task, task_examples) in enumerate(examples.items()):
             generator = torch.Generator().manual_seed(1000 * seed + index)
             order = torch.randperm(len(task_examples.rows), generator=generator).tolist()
             count = min(validation_rows, len(order) // 4)
             self.validation[task] = order[:count] or order[:validation_rows]
-            self.train[task] = order[count:]
+            self.train[task] = order[count : count + per_step * steps]
 
     def __len__(self) -> int:
         """The rows of the largest task, and at least those of one optimizer step."""
-        return max(self.min_length, *(len(indices) for indices in self.train.values()))
+        return max(self.per_step, *(len(indices) for indices in self.train.values()))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Task -> a row."""
-        return {task: self.examples[task].rows[rows[index % len(rows)]] for task, rows in self.train.items()}
+    def __getitem__(self, index: int) -> dict[str, int]:
+        """Task -> position of a row among its training rows."""
+        return {task: index % len(rows) for task, rows in self.train.items()}
 
-    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Task -> a batch."""
-        return {task: examples.collate([item[task] for item in items]) for task, examples in self.examples.items()}
+    def collate(self, items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """Task -> a batch of inputs, with the ``expert_logits`` of its rows if they are learned from."""
+        batches = {}
+        for task, examples in self.examples.items():
+            positions = [item[task] for item in items]
+            batches[task] = dict(examples.collate([examples.rows[self.train[task][each]] for each in positions]))
+            if task in self.expert_logits:
+                batches[task]["expert_logits"] = self.expert_logits[task][positions]
+        return batches
 
 
 __all__ = ["Adaptation", "adapt_routers", "fit_routers", "reset_routers"]

@@ -113,7 +113,10 @@ class Served(Loaded):
     @property
     def constant(self) -> float:
         """Every coefficient of the model without routers."""
-        return 1 / len(self.model.experts) if self.smile else float(self.model.config.scaling)
+        config = self.model.config
+        if self.smile:
+            return 1 / len(self.model.experts)
+        return float(config.scaling) if config.merge == "task_arithmetic" else 0.0
 
     @property
     def limits(self) -> tuple[int, int]:

@@ -235,9 +235,10 @@ def facts_panel(config: Any, summary: Mapping[str, Any], parts: Mapping[str, int
     kept = list(summary["energy"].values())
     stored = KINDS.get(summary["task_vectors"], summary["task_vectors"])
     stored += f", which keep {percent(sum(kept) / len(kept), 1)} of their energy" if kept else ""
-    how = config.merge.replace("_", " ") + ("" if config.merge == "simple_average" else f" with λ = {config.scaling:g}")
+    how = config.merge.replace("_", " ") + ("" if config.scaling == 1 else f" with λ = {config.scaling:g}")
+    start = "the base's weights" if config.merge == "task_arithmetic" else f"merged by {config.merge.replace('_', ' ')}"
     names = {
-        "upscaled_parameters": ("Routed: the base's weights", f"{count(summary['upscaled_linears'], 'linear layer')}"),
+        "upscaled_parameters": (f"Routed: {start}", f"{count(summary['upscaled_linears'], 'linear layer')}"),
         "task_vectors": ("Routed: task vectors", stored),
         "merged_parameters": ("Merged once: everything else", how),
         "head_parameters": ("Heads", "one for each expert"),
@@ -295,10 +296,9 @@ def adaptation(config: Any) -> str:
         return "None: each token goes to the experts onto whose leading singular vectors its projection is largest."
     how = getattr(config, "adaptation", None)
     if not how:
-        return (
-            f"Not adapted: every coefficient is about {config.scaling:g} for every input, "
-            "so the model predicts as task arithmetic does."
-        )
+        start = config.scaling if config.merge == "task_arithmetic" else 0
+        about = f"every coefficient is about {start:g} for every input"
+        return f"Not adapted: {about}, so the model predicts as {config.merge.replace('_', ' ')} does."
     rows = sum(how["rows"].values())
     summary = ADAPTED.get(how["loss"], "Adapted")
     summary += f": {how['steps']:,} steps on {count(rows, 'row')} of {count(len(how['rows']), 'task')}."

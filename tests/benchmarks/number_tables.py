@@ -8,7 +8,7 @@ from typing import Any
 from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.report import summarise
 from hf_fusion.evaluation.intervals import Score
-from hf_fusion.evaluation.results import HELD_IN, Results
+from hf_fusion.evaluation.results import HELD_IN, PredictorScores, Results
 
 Read = Sequence[Any]
 """The content of a source's files, in their order; of a folder, its path."""
@@ -264,11 +264,9 @@ def wemoe_table(read: Read) -> str:
 
 def wemoe_phrases(read: Read) -> list[str]:
     """What README says of the table in words."""
-    found, transductive, results = read
-    first, clean = Results.from_dict(found["runs"][0]), found["conditions"]["clean"]
+    found, results = read
+    first = Results.from_dict(found["runs"][0])
     lead = {name: first[name].lead[HELD_IN] for name in ("AdaMerging, by layer", "TIES, λ tuned")}
-    spreads = max(clean[name]["spread"] for name in ("WEMoE", "AdaMerging, by layer"))
-    beside = Results.from_dict(transductive["runs"][0])["WEMoE"].means[HELD_IN]
     (suite,) = summarise(cell for cell in read_cells(results) if cell.suite == "minilm-8")["suites"]
     overshot = next(
         row
@@ -278,49 +276,46 @@ def wemoe_phrases(read: Read) -> list[str]:
     ahead = [percent(score.score) for score in lead.values()]
     return [
         f"n = {sum(task.n for task in first.tasks):,} test rows",
-        f"means of three seeds, which differ by up to {200 * spreads:.2f}",
-        f"it comes to [{percent(beside.score)}](../../tests/benchmarks/results/wemoe_minilm8_transductive.json) "
-        f"{within(beside.ci95)[:-1]}; one seed)",
         f"WEMoE is {ahead[0]} points {within(lead['AdaMerging, by layer'].ci95, 1)} above AdaMerging and {ahead[1]} "
         f"{within(lead['TIES, λ tuned'].ci95, 1)} above TIES",
         f"at the usual .3 task arithmetic has {percent(overshot['means']['clean'][HELD_IN]['score'])}",
     ]
 
 
-GUARDED = "WEMoE, entropy, watched"
-NOISE_NAMES = {
-    "not adapted": "WEMoE, not adapted",
-    "entropy, {steps} steps, no collapse guard": "WEMoE, entropy",
-    "entropy with the collapse guard: stops at step {stops}, keeps the routers of step {keeps}": GUARDED,
-    '"expert", the default': "WEMoE",
-}
-NOISE_TASKS = ("cifar10", "pneumonia", "fashion_mnist")
+UNSEEN = ("unseen-skewed", "unseen-wide", "unseen-few")
 
 
-def noise_table(read: Read) -> str:
-    """What two losses without labels come to under noise."""
-    (found,) = read
-    runs = [Results.from_dict(run) for run in found["runs"]]
-    facts = [run.settings["adaptations"] for run in runs]
-    stops = sorted({int(own[GUARDED]["stopped"].partition("stopped at step ")[2].split(":")[0]) for own in facts})
-    said = {
-        "steps": facts[0]["WEMoE, entropy"]["steps"],
-        "stops": " or ".join(map(str, stops)),
-        "keeps": " or ".join(map(str, sorted({own[GUARDED]["steps"] for own in facts}))),
-    }
-    rows = []
-    for shown, name in NOISE_NAMES.items():
-        row = found["conditions"]["clean"][name]
-        measured = [predictor.scores for run in runs for predictor in run.predictors if predictor.name == name]
-        spread = f" ± {percent(row['spread'])}" if row["seeds"] > 1 else ""
-        tasks = [percent(sum(s[task].score for s in measured) / len(measured)) for task in NOISE_TASKS]
-        rows.append([shown.format(**said), f"{percent(row['mean'])}{spread}", *tasks])
-    return table(["", "mean", *NOISE_TASKS], rows)
+def unseen_table(read: Read) -> str:
+    """What defaults come to on suites that none was chosen on, and the best static merge of each."""
+    runs = [Results.from_dict(found["runs"][0]) for found in read]
+    experts = [run["individual experts"].means[HELD_IN].score for run in runs]
+    learned = ("WEMoE", "AdaMerging, by layer", "WEMoE, not adapted")
+    best = [
+        max(
+            (p for p in run.predictors if p.kind == "baseline" and p.name not in learned),
+            key=lambda p: p.means[HELD_IN].score,
+        )
+        for run in runs
+    ]
 
+    def cell(found: PredictorScores, expert: float) -> str:
+        mean = found.means[HELD_IN]
+        return f"{percent(mean.score)} {within(mean.ci95)}, {percent(mean.score / expert)}"
 
-def noise_phrases(read: Read) -> list[str]:
-    """On how many rows."""
-    return [f"n = {sum(task.n for task in Results.from_dict(read[0]['runs'][0]).tasks):,}, three seeds"]
+    rows = [["individual experts", *(percent(own) for own in experts)]]
+    for name, shown in {
+        "WEMoE": "**WEMoE**",
+        "AdaMerging, by layer": "AdaMerging by layer",
+        "WEMoE, not adapted": "WEMoE, not adapted",
+        "Task arithmetic": "task arithmetic",
+        "TIES": "TIES",
+        "base": "base under the experts' heads",
+    }.items():
+        rows.append([shown, *(cell(run[name], own) for run, own in zip(runs, experts, strict=True))])
+    rows.insert(
+        3, ["best of all static merges", *(f"{cell(p, own)} ({p.name})" for p, own in zip(best, experts, strict=True))]
+    )
+    return table(["", *(f"`{suite}`" for suite in UNSEEN)], rows)
 
 
 def per_input_table(read: Read) -> str:

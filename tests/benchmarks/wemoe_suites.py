@@ -4,6 +4,7 @@
     python tests/benchmarks/wemoe_suites.py --data DIR --suite minilm-8 --transductive     # adapts on the test rows
     python tests/benchmarks/wemoe_suites.py --data DIR --suite vision-6 --corrupted 1 2 3 4 5
     python tests/benchmarks/wemoe_suites.py --data DIR --suite vision-6 --adapt-on gaussian_noise:5 --transductive
+    python tests/benchmarks/wemoe_suites.py --data DIR --suite unseen-few --static        # all static merges beside
 
 `examples/train_experts.py` trains the experts. Routers and coefficients learn without labels, from rows that neither
 trained the experts nor are tested. What does not depend on the seed is measured once.
@@ -34,6 +35,7 @@ from hf_fusion.evaluation.merging import INDIVIDUAL, WEMOE, TaskModel
 from hf_fusion.evaluation.results import HELD_IN, Results
 from hf_fusion.hub.load import load_experts
 from hf_fusion.merging.in_memory import merge_states
+from hf_fusion.merging.methods import MERGE_METHODS
 from hf_fusion.training.adamerging import CoefficientMerge
 
 UNADAPTED = "WEMoE, not adapted"
@@ -60,21 +62,31 @@ class Suite:
 
     def routers(self, seed: int, **options: Any) -> Any:
         """A WEMoE, adapted unless it is told otherwise."""
-        args = self.args
-        model = WEMoEModel.from_experts(self.experts, base=self.base, scaling=args.scaling, modules=args.modules)
+        model = WEMoEModel.from_experts(self.experts, base=self.base, modules=self.args.modules)
         return self._adapted(model, seed, **options)
 
     def coefficients(self, seed: int, granularity: str, **options: Any) -> Any:
         """AdaMerging."""
-        merge = CoefficientMerge(self.experts, self.base.model, granularity, self.args.scaling)
-        return self._adapted(merge, seed, learning_rate=COEFFICIENT_RATE, **options)
+        return self._adapted(CoefficientMerge(self.experts, self.base.model, granularity), seed, **options)
 
     def _adapted(self, model: Any, seed: int, **options: Any) -> Any:
         if options.pop("skip", False):
             return model, None
-        args = self.args
-        how = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.learning_rate, **options}
-        return model, adapt_routers(model, self.adapt, seed=seed, **how)
+        given = {name: getattr(self.args, name) for name in ("steps", "batch_size", "learning_rate")}
+        how = {name: value for name, value in given.items() if value is not None} | options
+        return model, adapt_routers(model, self.adapt, seed=seed, experts=self.experts, base=self.base, **how)
+
+    def static(self) -> list[TaskModel]:
+        """Every static merge that needs no data, with its defaults."""
+        merge = CoefficientMerge(self.experts, self.base.model, "task")
+        base, states = merge.states()
+        found = []
+        for name, row in MERGE_METHODS.items():
+            if row.merges == "models" and row.experts[1] is None and not row.plans and not row.statistics:
+                merged = merge_states(name, base, states)
+                shown = partial(CoefficientMerge.showing, tensors={key: merged[key] for key in base})
+                found.append(TaskModel(row.title, merge, "baseline", shown))
+        return found
 
     def tuned(self, rule: str) -> tuple[float, CoefficientMerge]:
         """The static merge by a rule, with the λ that is best on labelled rows that neither trained nor are tested."""
@@ -96,9 +108,12 @@ class Suite:
             experts=self.experts if seed == 0 else (),
             base=self.base.model,
             more=[
-                TaskModel(name, model, "fused" if isinstance(model, WEMoEModel) else "baseline")
-                for name, model in models.items()
-                if name != WEMOE
+                *(
+                    TaskModel(name, model, "fused" if isinstance(model, WEMoEModel) else "baseline")
+                    for name, model in models.items()
+                    if name != WEMOE
+                ),
+                *(self.static() if args.static and seed == 0 else ()),
             ],
             settings={"suite": args.suite, "seed": seed, "modules": args.modules, **settings},
             command=args.command,
@@ -110,16 +125,15 @@ PLAIN = {"loss": "entropy", "diversity": 0.0}
 LEARNED: dict[str, Callable[[Suite, int], Any]] = {
     WEMOE: Suite.routers,
     "WEMoE, information": partial(Suite.routers, loss="entropy"),
-    "WEMoE, entropy": partial(Suite.routers, **PLAIN, tolerance=1.0),
+    "WEMoE, entropy": partial(Suite.routers, **PLAIN, guard=False),
     "WEMoE, entropy, watched": partial(Suite.routers, **PLAIN),
     "AdaMerging, by task": partial(Suite.coefficients, granularity="task"),
     "AdaMerging, by layer": partial(Suite.coefficients, granularity="layer"),
-    "AdaMerging, by layer, entropy": partial(Suite.coefficients, granularity="layer", **PLAIN, tolerance=1.0),
+    "AdaMerging, by layer, entropy": partial(Suite.coefficients, granularity="layer", **PLAIN, guard=False),
 }
 # beside the simple average and task arithmetic with the model's λ: rules at the best of some λ
 TUNABLE = {"task arithmetic": "task_arithmetic", "TIES": "ties"}
 SCALINGS, TUNED = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0), 100
-COEFFICIENT_RATE = 1e-2  # AdaMerging's: a coefficient moves by no more than its rate in a step
 
 
 def main() -> None:
@@ -129,20 +143,21 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="minilm-8")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=1000, help="test rows of each task")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of each task a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--scaling", type=float, default=0.3)
+    parser.add_argument("--steps", type=int, help="default: the library's")
+    parser.add_argument("--batch-size", type=int, help="rows of each task a step; default: the library's")
+    parser.add_argument("--learning-rate", type=float, help="default: the library's")
     parser.add_argument("--modules", default="mlp")
     parser.add_argument("--transductive", action="store_true", help="adapt on the test rows themselves")
     parser.add_argument("--adapt-on", help="NAME:SEVERITY, the corruption of the rows to adapt on and to test")
     parser.add_argument("--corrupted", type=int, nargs="*", default=(), help="severities to test after clean rows")
     parser.add_argument("--learned", nargs="*", choices=LEARNED, default=list(LEARNED), help="what to adapt")
+    parser.add_argument("--static", action="store_true", help="also every static merge that needs no data")
     parser.add_argument("--experts", type=Path, help="folder of the experts (default: where the example puts them)")
     parser.add_argument("--join", type=Path, nargs="*", default=(), help="outputs of earlier runs of the same rows")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    args.command = f"python tests/benchmarks/wemoe_suites.py {shlex.join(sys.argv[1:])}"
+    given = ["DIR" if word == str(args.data) else word for word in sys.argv[1:]]
+    args.command = f"python tests/benchmarks/wemoe_suites.py {shlex.join(given)}"
     suite = Suite(args)
     runs = [Results.from_dict(run) for file in args.join for run in json.loads(file.read_text())["runs"]]
     for seed in args.seeds:
@@ -154,7 +169,7 @@ def main() -> None:
             print(f"# seed {seed}, {name}: {json.dumps(facts[name])}", flush=True)
         if seed == 0:
             models[UNADAPTED], _ = suite.routers(seed, skip=True)
-            for name, rule in TUNABLE.items():
+            for name, rule in () if args.static else TUNABLE.items():
                 scaling, models[f"{name}, λ tuned"] = suite.tuned(rule)
                 facts[f"{name}, λ tuned"] = {"scaling": scaling}
         for test, condition in conditions(suite.test, args.corrupted):

@@ -160,7 +160,7 @@ def test_card_without_measurements_has_no_plot():
     [
         (
             {"adaptation": None},
-            "as if merged once by task arithmetic, until `hf-fusion fit routers`",
+            "as if merged once by task arithmetic, where every expert counts 0.3 for any input, until `hf-fusion fit",
         ),
         ({"adaptation": {**ADAPTATION, "loss": "labels"}}, "routers were trained on the labels of 1,500 rows"),
         ({"adaptation": {**ADAPTATION, "stopped": "moods narrowed"}}, "Training was stopped early: moods narrowed."),
@@ -179,7 +179,8 @@ def test_card_without_measurements_has_no_plot():
         ({"shared_router": True}, "two linear layers, one router shared by all blocks |"),
         ({"batch_reduce": True}, "depends on the rest of the batch"),
         ({"task_heads": False}, "the model is not told which task a row belongs to"),
-        ({"merge": "simple_average"}, "merged once, by simple average |"),
+        ({"merge": "iso_c", "scaling": 1.0}, "merged once, by iso c |"),
+        ({"merge": "ties", "scaling": 0.5}, "merged once, by ties with λ = 0.5 |"),
         ({"adapters": 2}, "), 2 as LoRA adapters."),
         ({"routing": "smile", "top_k": 2}, "A token is sent to the 2 experts whose leading directions"),
         ({"merges": False}, "in these layers a token costs the low-rank products in addition"),

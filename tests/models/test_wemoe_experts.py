@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from torch import nn
 from transformers import BertModel
 
 from hf_fusion import Expert, WEMoEModel
-from hf_fusion.models.merging_wemoe import RULES
+from hf_fusion.errors import FusionError
+from hf_fusion.merging.in_memory import merge_states
 
 LAYERS = [f"bert.encoder.layer.{i}" for i in (0, 1)]
 
@@ -128,13 +130,6 @@ def test_neighbours_and_padding_do_not_change_an_answer(kind, storage, rounding)
     assert apart(model, inputs) <= rounding + apart(base, inputs)
     double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     assert apart(model.double(), double) <= SUMS * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-
-def test_ties_of_few_elements_keep_one_and_add_nothing_where_votes_cancel_out():
-    ties, numbers = RULES["ties"], torch.tensor
-    assert float(ties(numbers(1.0), [numbers(0.5), numbers(0.25)], 2.0)) == 1 + 2 * 0.375
-    assert ties(numbers([1.0, 2.0]), [numbers([0.5, 0.25]), numbers([-0.5, 4.0])], 1.0).tolist() == [1.5, 6.0]
-    assert ties(numbers([1.0]), [numbers([0.5]), numbers([-0.5])], 1.0).tolist() == [1.0]
 
 
 def apart(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
@@ -338,29 +333,44 @@ def test_energy_decides_the_rank():
     assert min(summary["energy"].values()) >= 0.7
 
 
-@pytest.mark.parametrize("rule", ["simple_average", "ties"])
-def test_other_parameters_are_merged_by_a_rule(rule):
-    base = bert_base()
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])  # gpt2 stores weights transposed
+@pytest.mark.parametrize(
+    ("merge", "scaling"), [("linear", None), ("ties", None), ("ties", 0.5), ("tsv_m", None), ("model_stock", None)]
+)
+def test_a_model_starts_from_any_static_merge_and_holds_every_expert(kind, merge, scaling):
+    """The merged model is the base of the task vectors: no coefficients give the merge, an expert's own the expert."""
+    build, units, inputs = SHAPES[kind]
+    base = build()
     experts = experts_of(base)
-    model = WEMoEModel.from_experts(experts, base_expert(base), merge=rule)
-    key = "bert.encoder.layer.0.attention.self.query.weight"
-    own = base.state_dict()[key]
-    taus = torch.stack([e.model.state_dict()[key] - own for e in experts]).double()
-    if rule == "simple_average":
-        want = own + taus.mean(0)
-    else:
-        want = own.clone().double()
-        kept = []
-        for tau in taus:
-            threshold = tau.abs().flatten().sort(descending=True).values[round(0.2 * tau.numel()) - 1]
-            kept.append(torch.where(tau.abs() >= threshold, tau, 0.0))
-        for place in range(own.numel()):
-            entries = [float(k.flatten()[place]) for k in kept]
-            sign = sum(entries)
-            agreeing = [e for e in entries if e * sign > 0]
-            if agreeing:
-                want.view(-1)[place] += 0.3 * sum(agreeing) / len(agreeing)
-    assert torch.allclose(model.backbone.state_dict()[key].double(), want.double(), atol=1e-6)
+    model = WEMoEModel.from_experts(experts, base_expert(base), heads="shared", merge=merge, scaling=scaling)
+    given = {} if scaling is None else {"scaling": scaling}
+    want = merge_states(merge, base.state_dict(), [expert.model.state_dict() for expert in experts], **given)
+    for name, tensor in model.merge_for(coefficients=[0.0] * 3).state_dict().items():
+        assert torch.allclose(tensor, want[name].to(tensor.dtype), atol=1e-6), name
+    alone = model.merge_for(coefficients=[0.0, 1.0, 0.0])
+    for path in (path for paths in units.values() for path in paths):
+        for name, tensor in alone.get_submodule(path).state_dict().items():
+            assert torch.allclose(tensor, experts[1].model.get_submodule(path).state_dict()[name], atol=1e-6), path
+    with torch.no_grad():  # routers start from coefficients near 0
+        dense = model.merge_for(coefficients=[0.0] * 3)
+        assert close(first(model(**inputs)), first(dense(**inputs))) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge": "ties", "task_vectors": "sparse"}, "merge='ties' needs task_vectors='exact' or 'bfloat16'"),
+        ({"merge": "ties", "task_vectors": "low-rank", "rank": 2}, "merge='ties' needs task_vectors="),
+        ({"merge": "regmean"}, "regmean cannot be what routers start from: it needs statistics of data"),
+        ({"merge": "slerp"}, "slerp cannot be what routers start from: it does not merge 3 models"),
+        ({"merge": "tis"}, "'tis' is not a static method"),
+        ({"merge": "linear", "scaling": 0.5}, "scaling"),
+    ],
+)
+def test_a_merge_to_start_from_is_refused(options, message):
+    base = bert_base()
+    with pytest.raises((ValueError, FusionError), match=re.escape(message)):
+        WEMoEModel.from_experts(experts_of(base), base_expert(base), **options)
 
 
 def test_base_and_experts_are_unchanged():

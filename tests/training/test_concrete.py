@@ -13,7 +13,7 @@ from hf_fusion.training.concrete import ConcreteMerge
 from hf_fusion.training.routers import _entropy_loss
 
 ROWS = datasets.Dataset.from_dict({"text": [f"{text} {i}" for i in range(6) for text in TEXTS], "label": [0, 1] * 12})
-FEW = {"steps": 12, "batch_size": 4, "learning_rate": 0.2, "loss": "entropy", "diversity": 0, "tolerance": 1}
+FEW = {"steps": 12, "batch_size": 4, "learning_rate": 0.2, "loss": "entropy", "diversity": 0, "guard": False}
 
 
 def concrete(**options):

@@ -34,8 +34,6 @@ FAMILIES = {
 }
 SCALING = ("scaling", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0))
 """The grid over which a merge's scaling is tuned."""
-# default training settings of routers and coefficients, chosen on minilm-8's validation splits
-LEARNING = {"steps": 80, "batch_size": 8, "scaling": 0.1}
 ENTROPY = {"loss": "entropy", "diversity": 0.0}
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -15,7 +15,7 @@ import torch
 
 from hf_fusion.bench.candidates import FIT, Candidate, Prepared
 from hf_fusion.bench.cells import CLEAN
-from hf_fusion.bench.methods.declaration import ENTROPY, LEARNING, SCALING, bench_method
+from hf_fusion.bench.methods.declaration import ENTROPY, SCALING, bench_method
 from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.merging import MergingSetup, State
 from hf_fusion.bench.setups.routing import RoutingSetup
@@ -255,44 +255,40 @@ def regmean_pp(setup: MergesAdapters, holdout: Holdout, seed: int) -> Candidate:
 # ---------------------------------------------------------------- learned
 
 
-@bench_method(
-    "AdaMerging, by task", "learned", name="adamerging_task", given={"granularity": "task", **LEARNING}, stochastic=True
-)
+@bench_method("AdaMerging, by task", "learned", name="adamerging_task", given={"granularity": "task"}, stochastic=True)
 @bench_method(
     "AdaMerging, by layer",
     "learned",
     name="adamerging_layer",
-    given={"granularity": "layer", **LEARNING},
+    given={"granularity": "layer"},
     stochastic=True,
 )
 @bench_method(
     "AdaMerging, by layer, entropy",
     "learned",
     name="adamerging_entropy",
-    given={"granularity": "layer", **LEARNING, **ENTROPY},
+    given={"granularity": "layer", **ENTROPY},
     stochastic=True,
 )
-def adamerging(
-    setup: MergingSetup, holdout: Holdout, seed: int, granularity: str, scaling: float = 0.3, **options: Any
-) -> Candidate:
+def adamerging(setup: MergingSetup, holdout: Holdout, seed: int, granularity: str, **options: Any) -> Candidate:
     """AdaMerging: coefficients learned without labels, on the validation splits."""
-    merge = CoefficientMerge(_fused(setup, holdout), _base(setup), granularity, scaling)
-    return _learned(setup, holdout, seed, merge, learning_rate=1e-2, **options)
+    merge = CoefficientMerge(_fused(setup, holdout), _base(setup), granularity)
+    return _learned(setup, holdout, seed, merge, **options)
 
 
-@bench_method("Concrete task arithmetic", "learned", given={**LEARNING, "scaling": 0.3}, stochastic=True)
-def concrete(setup: MergingSetup, holdout: Holdout, seed: int, scaling: float = 0.3, **options: Any) -> Candidate:
+@bench_method("Concrete task arithmetic", "learned", stochastic=True)
+def concrete(setup: MergingSetup, holdout: Holdout, seed: int, **options: Any) -> Candidate:
     """Concrete task arithmetic: one mask for all task vectors, learned without labels."""
     from hf_fusion.training.concrete import ConcreteMerge
 
-    merge = ConcreteMerge(_fused(setup, holdout), _base(setup), "task", scaling)
-    return _learned(setup, holdout, seed, merge, learning_rate=1e-2, **options)
+    merge = ConcreteMerge(_fused(setup, holdout), _base(setup))
+    return _learned(setup, holdout, seed, merge, **options)
 
 
 def _learned(setup: MergingSetup, holdout: Holdout, seed: int, merge: CoefficientMerge, **options: Any) -> Candidate:
     facts = _adapt(setup, holdout, merge, seed, **options)
     with torch.no_grad():
-        tensors = merge._tensors()
+        tensors = merge.tensors_now()
     state = {name: tensors.get(name, own).detach().clone() for name, own in setup.base.items()}
     return setup.dense(state, parameters=facts)
 
@@ -307,12 +303,11 @@ def _adapt(setup: MergingSetup, holdout: Holdout, model: LearnedMerge, seed: int
         raise NotApplicable("learning without labels needs class predictions; this suite has no classes")
     move_to(model, setup.backbone.device)
     rows = {task: _unlabelled(setup, task) for task in holdout.fuse}
-    options.setdefault("learning_rate", 5e-4)
-    adapted = adapt_routers(model, rows, seed=seed, **options).for_config()
-    return {
-        **{name: adapted[name] for name in ("loss", "learning_rate", "batch_size", "steps", "stopped")},
-        "scaling": model.config.scaling,
-    }
+    if not isinstance(model, CoefficientMerge):
+        options |= {"experts": _fused(setup, holdout), "base": setup.start}
+    adapted = adapt_routers(model, rows, seed=seed, **options)
+    shown = ("merge", "scaling", "loss", "learning_rate", "batch_size", "steps", "stopped")
+    return {name: getattr(adapted, name) for name in shown}
 
 
 def _unlabelled(setup: MergingSetup, task: str) -> Any:
@@ -331,23 +326,22 @@ def _base(setup: MergingSetup) -> Any:
 # ---------------------------------------------------------------- mixtures
 
 
-@bench_method("WEMoE", "mixture", given=LEARNING, stochastic=True)
-@bench_method("WEMoE, entropy", "mixture", name="wemoe_entropy", given={**LEARNING, **ENTROPY}, stochastic=True)
+@bench_method("WEMoE", "mixture", stochastic=True)
+@bench_method("WEMoE, entropy", "mixture", name="wemoe_entropy", given=ENTROPY, stochastic=True)
 @bench_method(
     "E-WEMoE, 90 % sparse",
     "mixture",
     name="wemoe_sparse",
-    given={**LEARNING, "task_vectors": "sparse", "shared_router": True},
+    given={"task_vectors": "sparse", "shared_router": True},
     stochastic=True,
 )
 def wemoe(
-    setup: MergingSetup, holdout: Holdout, seed: int, steps: int, scaling: float = 0.3, loss: str = "expert",
-    diversity: float = 1.0, batch_size: int = 16, **options: Any,
+    setup: MergingSetup, holdout: Holdout, seed: int, loss: str = "expert", diversity: float = 1.0, steps: int = 100,
+    **options: Any,
 ) -> Candidate:  # fmt: skip
     """WEMoE: MLPs merged per input, routers adapted without labels on the validation splits."""
-    model = upscaled(_fused(setup, holdout), setup.start, scaling=scaling, **options)
-    how = {"steps": steps, "loss": loss, "diversity": diversity, "batch_size": batch_size}
-    facts = _adapt(setup, holdout, model, seed, **how)
+    model = upscaled(_fused(setup, holdout), setup.start, **options)
+    facts = _adapt(setup, holdout, model, seed, loss=loss, diversity=diversity, steps=steps)
     return _mixture(setup, model, {**options, **facts})
 
 
