@@ -143,11 +143,13 @@ def test_reports_are_tables():
         ["MB", "2"], ["seconds", "3.2"], ["warnings", "a\nb"],
     ]  # fmt: skip
     assert ["held out rows", "10"] in shown(Fit("mlp", 90, 10, 0.25, 0.9, None, []))[0]
-    before, after = Diagnostics(0.5, 1, 2, 0.25), Diagnostics(0.75, 0.5, 2, 1)
-    report = Adaptation("expert", 0.0, 1e-3, 16, 50, {"cola": 600}, before={"cola": before}, after={"cola": after})
+    before, after = Diagnostics(0.5, 1, 0.25, 0.125, 2), Diagnostics(0.75, 0.5, 1, 1, 0)
+    report = Adaptation(
+        "expert", 0.0, 1e-3, 16, steps=50, rows={"cola": 600}, before={"cola": before}, after={"cola": after}
+    )
     facts, tasks = shown(report)
     assert ["rows", "cola  600"] in facts
-    assert tasks[1] == ["cola", "0.50 → 0.75", "1.00 → 0.50", "2.00 → 2.00", "0.25 → 1.00"]
+    assert tasks[1] == ["cola", "0.50 → 0.75", "1.00 → 0.50", "0.25 → 1.00", "0.12 → 1.00", "2.00 → 0.00"]
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -17,6 +17,7 @@ from tiny_fused import (
 from torch import nn
 
 from hf_fusion import Expert, WEMoEModel
+from hf_fusion.errors import FusionError
 
 
 def narrower(expert: Expert) -> Expert:
@@ -112,7 +113,7 @@ OPTIONS = {
     "a rank for nothing": ({"rank": 4}, "rank and energy are for task_vectors='low-rank'"),
     "density": ({"task_vectors": "sparse", "density": 0}, "density is 0; it must be a number above 0 and at most 1"),
     "smile": ({"routing": "smile"}, "it needs task_vectors='low-rank'"),
-    "merge": ({"merge": "magic"}, "merge is 'magic'; it must be one of task_arithmetic"),
+    "merge": ({"merge": "magic"}, "'magic' is not a static method"),
     "heads": ({"heads": "magic"}, "heads is 'magic'; it must be one of task"),
     "modules": ({"modules": "nothing"}, "no linear that modules='nothing' finds"),
     "pattern": ({"modules": "("}, r"modules='\('.*not a regular expression"),
@@ -125,7 +126,7 @@ def test_wrong_options_are_named(name):
     base = bert_base()
     options, message = OPTIONS[name]
     given = {"experts": experts_of(base), "base": base_expert(base), **options}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FusionError), match=message):
         WEMoEModel.from_experts(**given)
 
 

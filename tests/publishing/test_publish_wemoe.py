@@ -155,7 +155,7 @@ def test_published_with_measurements_it_loads_anywhere(hub, owner, ids, tmp_path
     best = means[0].argmax()
     assert f"largest mean on task-1: task-{best} {means[0, best]:.2f};" in card.text
     assert "](coefficients.png)" in card.text
-    assert "every expert counts 0.3 for any input, as if merged once by task arithmetic, until" in card.text
+    assert "as if merged once by task arithmetic, where every expert counts 0.3 for any input, until" in card.text
     assert f"| {model.summary()['merged_parameters']:,} |" in card.text
 
     said = fresh_python(STRANGER + usage_code(str(card)), hub, hub.token(owner.name)).stdout.splitlines()

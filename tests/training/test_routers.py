@@ -98,7 +98,7 @@ def test_the_collapse_guard_stops_and_restores():
     options = {"loss": "entropy", "diversity": 0, "steps": 60, "learning_rate": 0.1}
     guarded = adapt_routers(model, suite(model), **options)
     without = adapt_routers(plain, suite(plain), guard=False, **options)
-    assert mean_of(without.after, "kappa") < mean_of(without.before, "kappa") - 0.1  # the loss does collapse
+    assert mean_of(without.after, "divergence") > mean_of(without.before, "divergence") + 0.5  # the loss does collapse
     assert (without.stopped, without.steps) == (None, 60)
     assert mean_of(guarded.after, "kappa") >= mean_of(guarded.before, "kappa")
     assert guarded.steps in [0, *(check["step"] for check in guarded.history)]
