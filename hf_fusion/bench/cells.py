@@ -133,7 +133,7 @@ def write_cell(folder: str | Path, cell: Cell) -> Path:
 def read_cells(source: str | Path) -> list[Cell]:
     """The cells of a run's folder (one file each), or of `.jsonl` files (one line each), in the order of their paths.
 
-    Of a fused model's folder, or its ``results.json``, they are the scores of lm-evaluation-harness.
+    For a fused model's folder or its ``results.json``, cells are its scores in lm-evaluation-harness.
 
     Raises:
         FusionError: there are no cells, or a line is not a cell.

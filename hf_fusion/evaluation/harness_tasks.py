@@ -36,8 +36,10 @@ def path_of_task(word: str) -> Path | None:
     if path.is_file() and path.suffix in YAML:
         return path
     if path.exists():
-        raise FusionError(f"{word} is not a task: it is no YAML file and has none in it", "--harness TASK.yaml")
-    raise FusionError(f"there is no task file {word}", path_suggestion(path, "check the path: --harness TASK.yaml"))
+        raise FusionError(f"{word} is neither a task's YAML file nor a folder that contains one", "--harness TASK.yaml")
+    raise FusionError(
+        f"the task file {word} does not exist", path_suggestion(path, "check the path: --harness TASK.yaml")
+    )
 
 
 def load_tasks(words: Sequence[str], fewshot: int | None = None) -> TaskDict:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import time
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,7 @@ from hf_fusion.merging.engine.stream import parse_device
 from hf_fusion.merging.engine.tensors import CHUNK
 from hf_fusion.merging.extraction_plan import ExtractionPlan, Pair, plan_extraction
 from hf_fusion.merging.extraction_report import CARD_MARK, FACTS_FILE, ExtractedPart, Extraction, card, facts_json
-from hf_fusion.merging.lora import WEIGHTS
+from hf_fusion.merging.lora import WEIGHTS, rank_config
 from hf_fusion.merging.low_rank import decompose
 from hf_fusion.merging.methods.lora import Factors
 from hf_fusion.merging.small_files import read_small_files
@@ -327,9 +325,7 @@ class _Writer:
 
 
 def _config(plan: ExtractionPlan, ranks: Mapping[str, int], saved: list[str], has_biases: bool) -> dict[str, Any]:
-    """``adapter_config.json``, with full module paths, and alpha = rank, since B includes the scaling."""
-    [(rank, _)] = Counter(ranks.values()).most_common(1)
-    others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
+    """``adapter_config.json``."""
     base, kind = ModelRef.parse(plan.base.name), type(plan.model)
     trained = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {
@@ -339,11 +335,7 @@ def _config(plan: ExtractionPlan, ranks: Mapping[str, int], saved: list[str], ha
         "base_model_name_or_path": base.id,
         "revision": base.revision,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        **rank_config(ranks),
         "modules_to_save": saved or None,
         "fan_in_fan_out": plan.transposed,
         "lora_bias": has_biases,

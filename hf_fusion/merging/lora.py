@@ -322,11 +322,26 @@ def _write(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """``adapter_config.json``, with full module paths, and alpha = rank, since B includes the scaling."""
-    first = opened[0].config
+def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The part of ``adapter_config.json`` that says which modules are adapted; alpha = rank, since B has the scaling.
+
+    Args:
+        ranks: full path of a module -> its rank.
+    """
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     others = {f"^{re.escape(path)}$": own for path, own in ranks.items() if own != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+    }
+
+
+def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """``adapter_config.json``."""
+    first = opened[0].config
     base = ModelRef.parse(recipe.base) if recipe.base else None
     modules = {module for o in opened for module in o.config.get("modules_to_save") or ()}
     if modules and any(o.config.get("ensure_weight_tying") for o in opened):  # both tied tensors are stored
@@ -336,11 +351,7 @@ def _config(recipe: Recipe, opened: Sequence[_Opened], ranks: Mapping[str, int])
         "base_model_name_or_path": base.id if base else None,
         "revision": base.revision if base else None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        **rank_config(ranks),
         "modules_to_save": sorted(modules) or None,
         **{key: first[key] for key in _KEPT if key in first},
     }

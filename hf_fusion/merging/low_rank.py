@@ -7,12 +7,10 @@ import torch
 from hf_fusion.merging.methods.lora import Factors
 
 POWER_ITERATIONS = 2
-"""Of the randomised decomposition; each multiplies by the matrix and its transpose once more."""
+"""Power iterations of the randomised decomposition: each multiplies by the matrix and by its transpose."""
 LEAST_OVERSAMPLING = 8
 """Directions that the randomised decomposition follows beyond the rank, at least; else as many as the rank."""
-_SPARSE = (
-    4  # a rank is low enough for the randomised decomposition if this many times it fit into the smaller dimension
-)
+_SPARSE = 4  # the randomised decomposition is used for ranks up to the smaller dimension divided by this
 _FIRST_RANK = 16  # tried first for a share of the energy; doubled until it suffices
 _BLOCK = 1 << 22  # elements of the error computed at once
 

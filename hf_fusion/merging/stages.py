@@ -89,7 +89,7 @@ def _reads(recipe: Recipe, stages: Collection[str]) -> list[str]:
 
 def _order(recipe: Recipe) -> list[str]:
     """The stages that a recipe needs, each after those that it reads."""
-    order: list[str] = []
+    order: list[str] = []  # as they are visited
 
     def visit(own: Recipe, path: tuple[str, ...]) -> None:
         for name in _reads(own, recipe.stages):
@@ -101,16 +101,12 @@ def _order(recipe: Recipe) -> list[str]:
                 order.append(name)
 
     visit(recipe, ())
+    needed = list(order)
     for name, stage in recipe.stages.items():  # circles also among stages that are not needed
         if name not in order:
             visit(stage, (name,))
             order.append(name)
-    needed: set[str] = set()
-    pending = _reads(recipe, recipe.stages)
-    while pending:
-        needed.add(name := pending.pop())
-        pending += [own for own in _reads(recipe.stages[name], recipe.stages) if own not in needed]
-    return [name for name in order if name in needed]
+    return needed
 
 
 class _Stages:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,8 @@ from hf_fusion.io.saving import replacing
 from hf_fusion.progress import track
 from hf_fusion.training.adamerging import merged_once
 from hf_fusion.training.adaptation import Adaptation, Diagnostics, diagnose, mean_of
-from hf_fusion.training.batches import Examples, class_logits, to_model
+from hf_fusion.training.batches import Examples
+from hf_fusion.training.starts import predict_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -84,9 +84,12 @@ class CollapseGuard(TrainerCallback):
 
     def check(self) -> dict[str, Diagnostics]:
         """Task -> diagnostics on its validation rows; empty without validation rows."""
-        with merged_once(self.model):
-            logits = self._predict(self.rows)
-        return {task: diagnose(values, self.expert_logits[task]) for task, values in logits.items()}
+        size, found = 4 * self.report.batch_size, {}
+        with merged_once(self.model), self.trainer.accelerator.autocast():
+            for task in track([task for task, rows in self.rows.items() if rows], "Checking predictions"):
+                logits = predict_rows(self.model, task, self.examples[task], self.rows[task], size)
+                found[task] = diagnose(logits, self.expert_logits[task])
+        return found
 
     def _score(self, found: Mapping[str, Diagnostics]) -> float:
         """What `SCORES` says of a check; -inf where a prediction is NaN or the model agrees less than before training.
@@ -98,22 +101,6 @@ class CollapseGuard(TrainerCallback):
         variance = sum(own.agreement * (1 - own.agreement) / len(self.rows[task]) for task, own in before.items())
         least = mean_of(before, "agreement") - math.sqrt(variance) / max(1, len(before))
         return score if mean_of(found, "agreement") >= least and score == score else -math.inf
-
-    @torch.no_grad()
-    def _predict(self, tasks: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Task -> logits of its validation rows, (N, C)."""
-        found = {}
-        size = 4 * self.report.batch_size
-        with self.trainer.accelerator.autocast():
-            for task in track(list(tasks), "Checking predictions"):
-                logits = []
-                for start in range(0, len(self.rows[task]), size):
-                    rows = [self.examples[task].rows[index] for index in self.rows[task][start : start + size]]
-                    inputs = to_model(self.examples[task].collate(rows), self.model.backbone)
-                    logits.append(class_logits(partial(self.model, task=task), inputs))
-                if logits:
-                    found[task] = torch.cat(logits)
-        return found
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Saves the best routers beside a checkpoint."""

@@ -201,7 +201,7 @@ def _read(model: LearnedMerge, task: str, rows: Dataset | Examples, max_length: 
 def _reference(
     model: LearnedMerge, experts: Sequence[ExpertLike] | None, base: ExpertLike | None
 ) -> CoefficientMerge | None:
-    """All weights of the model's experts, to learn from; None if there are none but the model's own."""
+    """The complete weights of the model's experts, to learn from; None if the model itself is the teacher."""
     if experts is None or isinstance(model, CoefficientMerge):
         return None
     reference = CoefficientMerge(experts, base)

@@ -320,8 +320,8 @@ def test_wrong_tasks_are_named_with_the_next_command(folders, tasks, tmp_path):
         assert caught.value.hint
         return caught.value.hint
 
-    assert "which.yaml" in refused([str(tasks / "wich.yaml")], "there is no task file")
-    assert "TASK.yaml" in refused([str(tasks / "rows.jsonl")], "is not a task")
+    assert "which.yaml" in refused([str(tasks / "wich.yaml")], "does not exist")
+    assert "TASK.yaml" in refused([str(tasks / "rows.jsonl")], "is neither a task's YAML file")
     refused([], "no task was named")
     gone = (tasks / "which.yaml").read_text().replace("rows.jsonl", "gone.jsonl")
     (tmp_path / "gone.yaml").write_text(gone)
