@@ -24,7 +24,7 @@ from hf_fusion.fused_models import PhatgooseRouter
 from hf_fusion.hub.load import load_experts
 from hf_fusion.progress import track
 from hf_fusion.training.batches import Examples, read_examples
-from hf_fusion.training.gates import average_activation
+from hf_fusion.training.gates import average_activation, train_gates
 from hf_fusion.types import Expert
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class RoutingStrategy:
 # Gates and rule of a router -> how it is built of the experts.
 ROUTERS: dict[str, Callable[[Evaluation], PhatgooseRouter]] = {
     "phatgoose": lambda evaluation: evaluation.build(evaluation.experts),
+    "paper": lambda evaluation: evaluation.build(evaluation.with_paper_gates()),
     "average": lambda evaluation: evaluation.build(evaluation.with_average_gates()),
     "arrow": lambda evaluation: evaluation.build(evaluation.experts, routing="arrow"),
     "uniform": lambda evaluation: evaluation.build(evaluation.experts, routing="uniform"),
@@ -250,6 +251,16 @@ class Evaluation:
             for expert in self.experts
         ]
 
+    def with_paper_gates(self) -> list[Expert]:
+        """The experts with gates trained as in the paper, whatever gates they have."""
+        sampled = self._sampled()
+        options: dict[str, Any] = {"max_length": self.max_length, "seed": self.seed}
+        options["use_cpu"] = self.experts[0].model.device.type == "cpu"
+        return [
+            replace(expert, gates=train_gates(expert, sampled[expert.name], gates="paper", batch_size=8, **options))
+            for expert in self.experts
+        ]
+
     def retrieved(self, task: str) -> torch.Tensor:
         """The retrieved expert of each input of a task as weights, (N, E): of each choice where they are ranked."""
         if self._retrieval is None:
@@ -310,29 +321,32 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[int, Any]]:
+def same_start(routers: Iterable[PhatgooseRouter]) -> Iterator[dict[Any, Any]]:
     """Blocks before the first that an expert adapts give every predictor the same: here they run once for all of them.
 
+    Gaussian gates decide within these blocks, so a router with such gates runs them once for itself.
+
     Yields:
-        What the last of them gave, by block: where there is something, none of them runs. To be cleared before the
-        next batch.
+        What the blocks gave, by their index, and what each router decided in them, by router. To be cleared before
+        the next batch.
     """
-    remembered: dict[int, Any] = {}
-    decided: dict[str, Any] = {}  # by Gaussian gates within these blocks
+    remembered: dict[Any, Any] = {}
 
     def run(
         router: PhatgooseRouter, index: int, count: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        last = index == count - 1
         state = router.calls.routing()
-        if index in remembered:
-            if index == count - 1 and router.config.gate_points:
-                state.evidence.update(decided["evidence"])
-                state.decisions.update(decided["decisions"])
+        if index in remembered and (router in remembered or not router.config.gate_points):
+            if last and router.config.gate_points:
+                evidence, decisions = remembered[router]
+                state.evidence.update(evidence)
+                state.decisions.update(decisions)
             return remembered[index]
         given = forward(*args, **kwargs)
-        if index == count - 1:  # what the others gave is not looked at again
+        if last:  # what the others gave is not looked at again
             remembered.update(dict.fromkeys(range(count), given))
-            decided.update(evidence={**state.evidence}, decisions={**state.decisions})
+            remembered[router] = {**state.evidence}, {**state.decisions}
         return given
 
     blocks = []

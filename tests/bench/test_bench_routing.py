@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from hf_fusion.merging.in_memory import merge_states
 from hf_fusion.training.batches import read_examples
 from hf_fusion.training.expert_statistics import read_parameters
 from hf_fusion.training.fisher import measure_fisher
+from hf_fusion.training.gates import train_gates
 from hf_fusion.training.gram import measure_gram
 from hf_fusion.training.prompts import encode_prompts, target_scores
 
@@ -117,6 +119,24 @@ def test_routing_strategies_score_as_in_evaluate(adapters, routed):
     for method, name in same.items():
         for task, score in results[name].scores.items():
             assert cells[method, "default", task, "clean"].score == pytest.approx(score.score, abs=1e-6), (method, task)
+
+
+def test_paper_gates_are_trained_on_the_experts_rows(adapters, tmp_path):
+    cells = measure(adapters, tmp_path, "phatgoose_paper")
+    suite = load_suite(adapters / "tiny.yaml")
+    rows = {task: task_rows(suite, task, adapters / "data") for task in suite.tasks}
+    experts = load_experts([adapters / "first", adapters / "second"], base=adapters / "base")
+    trained = [
+        train_gates(expert, rows[expert.name].train.shuffle(seed=0), gates="paper", batch_size=8, use_cpu=True)
+        for expert in experts
+    ]
+    results = evaluate(
+        [replace(expert, gates=gates) for expert, gates in zip(experts, trained, strict=True)],
+        {task: own.test for task, own in rows.items()}, owners={"first": "first", "second": "second"},
+        metrics=dict.fromkeys(rows, "tokens"), predictors=["PHATGOOSE"],
+    )  # fmt: skip
+    for task, score in results["PHATGOOSE"].scores.items():
+        assert cells["phatgoose_paper", "default", task, "clean"].score == pytest.approx(score.score, abs=1e-6), task
 
 
 def test_a_merge_of_adapters_is_that_of_the_models(adapters, routed):

@@ -281,13 +281,35 @@ def test_only_blocks_below_all_adapters_run_once(experts):
         want = router(**inputs).logits
         with same_start([router]) as remembered:
             assert torch.equal(router(**inputs).logits, want)
-            assert list(remembered) == [0]
+            assert list(remembered) == [0, router]
             remembered[0] = remembered[0] + 1
             assert not torch.allclose(router(**inputs).logits, want)
         assert torch.equal(router(**inputs).logits, want)
     lower = tiny.adapter(tiny.llama(), 4, None, 0, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"])
     whole = Expert("whole", experts[0].model, lower, TOKENIZER, gates=experts[0].gates)
     assert unchanged_blocks(PhatgooseRouter.from_experts([*experts, whole])) == []
+
+
+def test_every_router_keeps_its_decisions_in_blocks_that_run_once(experts):
+    """Gaussian gates decide within them; what is remembered may be of another router, and of an earlier batch."""
+    swapped = [replace(one, gates=other.gates) for one, other in zip(experts, reversed(experts), strict=True)]
+    routers = [PhatgooseRouter.from_experts(each) for each in (experts, swapped)]
+    assert routers[0].config.gate_points
+    average = [replace(e, gates=average_activation(e, TRAIN[e.name])) for e in experts]
+    routers.append(PhatgooseRouter.from_experts(average))
+    inputs = TOKENIZER("name the fox", return_tensors="pt")
+    with torch.no_grad():
+        want = [router(**inputs).logits for router in routers]
+        assert not torch.allclose(want[0], want[1])
+        for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+            with same_start(routers) as remembered:
+                for index in order:
+                    assert torch.equal(routers[index](**inputs).logits, want[index])
+                kept = dict(remembered)
+            for index in order:  # each in a context that knows what all gave
+                with same_start([routers[index]]) as remembered:
+                    remembered.update(kept)
+                    assert torch.equal(routers[index](**inputs).logits, want[index])
 
 
 def test_the_embedder_ignores_padding(tmp_path):

@@ -12,8 +12,11 @@ from hf_fusion.bench.not_applicable import NotApplicable
 from hf_fusion.bench.setups.routing import TOP_K, RoutingSetup
 from hf_fusion.bench.suite import Holdout
 from hf_fusion.evaluation.predictors import ModelPredictor
+from hf_fusion.evaluation.results import FUSED
 from hf_fusion.evaluation.routing import PHATGOOSE, STRATEGIES, RoutingStrategy, alone
 from hf_fusion.training.runs import move_to
+
+ROUTED = {**STRATEGIES, "paper's gates": RoutingStrategy(FUSED, "paper")}
 
 # ---------------------------------------------------------------- the methods
 
@@ -59,6 +62,14 @@ def individual(setup: RoutingSetup, holdout: Holdout, seed: int) -> Candidate:
 
 @bench_method("PHATGOOSE", "routing", name="phatgoose", also=("fusion",), given={"strategy": "PHATGOOSE"})
 @bench_method(
+    "PHATGOOSE, paper's gates",
+    "routing",
+    name="phatgoose_paper",
+    also=("fusion",),
+    given={"strategy": "paper's gates", "examples": 800},
+    stochastic=True,
+)
+@bench_method(
     "Retrieval of the expert",
     "routing",
     name="retrieval",
@@ -82,14 +93,14 @@ def routed(setup: RoutingSetup, holdout: Holdout, seed: int, strategy: str, exam
     """A routing strategy.
 
     Args:
-        strategy: a key of `hf_fusion.evaluation.routing.STRATEGIES`.
-        examples: rows that each expert was trained on, where it looks at them.
+        strategy: a key of `ROUTED`.
+        examples: rows that each expert was trained on, where it looks at them or trains gates on them.
     """
     numbers = setup.indices(holdout)
     without = [setup.names[number] for number in numbers if setup.experts[number].gates is None]
     if strategy == PHATGOOSE and without:
         raise NotApplicable(f"{without[0]} has no gates")
-    evaluation, routing = setup.evaluation(holdout, seed, examples), STRATEGIES[strategy]
+    evaluation, routing = setup.evaluation(holdout, seed, examples), ROUTED[strategy]
     retrieves = strategy == "retrieval"
     router = evaluation.router(routing.router)
     size, each = setup.size, setup.adapter_size(numbers) / len(numbers)

@@ -87,7 +87,7 @@ class RoutingSetup(TaskSetup, kind="routing"):
         self.has_heads = has_heads(self.experts)
         self._evaluations: dict[Any, _Evaluation] = {}
         self._encoded: dict[Any, TaskRows] = {}
-        self._started: dict[Any, dict[int, Any]] = {}
+        self._started: dict[Any, dict[Any, Any]] = {}
 
     def indices(self, holdout: Holdout) -> list[int]:
         """Indices of the experts that are fused."""
