@@ -43,6 +43,8 @@ class Cell:
         score: 0 to 1, or the metric's own scale.
         ci95: its 95 % interval over the test rows.
         n: test rows.
+        rows: the score of each test row, in their order, for paired comparisons; None where the metric is not a mean
+            over rows.
         parameters: of the method, as they were used.
         seconds: wall-clock time of the evaluation of this cell.
         cpu_seconds: CPU time of the evaluation of this cell.
@@ -74,6 +76,7 @@ class Cell:
     score: float | None = None
     ci95: tuple[float, float] | None = None
     n: int = 0
+    rows: list[float] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0

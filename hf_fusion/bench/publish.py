@@ -38,6 +38,7 @@ _TYPES = {
     "float": {"dtype": "float64"},
     "float | None": {"dtype": "float64"},
     "tuple[float, float] | None": {"list": "float64"},
+    "list[float] | None": {"list": "float64"},
     "dict[str, Any]": {"dtype": "json"},
     "dict[str, str]": {"dtype": "json"},
 }

@@ -272,7 +272,7 @@ class _Runner:
             self._scored[key] = self.scored(candidate, cell.task, cell.condition, TEST)
         found, seconds = self._scored[key], time.perf_counter() - started
         cell = replace(
-            cell, score=found.score, ci95=found.ci95, n=found.n, parameters=candidate.parameters,
+            cell, score=found.score, ci95=found.ci95, n=found.n, rows=found.rows, parameters=candidate.parameters,
             seconds=seconds, cpu_seconds=time.process_time() - cpu, gpu_seconds=seconds if self.on_gpu else 0.0,
             peak_bytes=peak_bytes(self.on_gpu),
             stored=candidate.stored, active=candidate.active, cost=candidate.cost, shas=shas(self.suite), **times,

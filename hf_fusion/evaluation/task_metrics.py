@@ -98,9 +98,15 @@ METRICS = {
 
 @dataclass(frozen=True)
 class RowsScore(Score):
-    """A score with its 95 % interval, and the number of rows that it is of."""
+    """A score with its 95 % interval, and the rows that it is of.
+
+    Attributes:
+        n: their number.
+        rows: the score of each row, of which the score is the mean; None for a metric that is no such mean.
+    """
 
     n: int
+    rows: list[float] | None = None
 
 
 def row_scores(found: Predictions, metric: str) -> torch.Tensor:
@@ -147,7 +153,7 @@ def score(found: Predictions, metric: str) -> RowsScore:
         if not len(values):
             raise FusionError("no row has a reference to compare with")
         mean = score_of(values, metric)
-        return RowsScore(mean.score, mean.ci95, len(values))
+        return RowsScore(mean.score, mean.ci95, len(values), values.tolist())
     from hf_fusion.evaluation.metrics import METRIC_SPECS
 
     if row.read:

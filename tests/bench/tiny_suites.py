@@ -144,5 +144,7 @@ def check_whole(cells: dict, wanted: list[str], tasks: list[str]) -> None:
                         low, high = cell.ci95
                         assert 0 <= low <= cell.score + 1e-9 and cell.score - 1e-9 <= high <= 1 and cell.n == TEST
                         assert cell.stored >= cell.active > 0 and cell.cost > 0 and cell.seconds > 0
+                        if cell.rows is not None:
+                            assert len(cell.rows) == cell.n and abs(sum(cell.rows) / cell.n - cell.score) < 1e-9
                         assert cell.shas and cell.versions["hf_fusion"] and cell.machine
     assert {key[0] for key in cells} == {name for m in wanted for name in (experts if m == "experts" else [m])}
