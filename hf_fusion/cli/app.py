@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "evaluate a fused model beside its experts and baselines",
     "bench": "benchmark fusion methods on suites of tasks",
     "publish": "push a fused model and its card to the Hub",
+    "spaces": "deploy the project's Gradio apps",
     "hub": "run a Hub on this machine",
     "completion": "print a script by which a shell completes commands",
     "demo": "run the whole pipeline once, on real models and data",

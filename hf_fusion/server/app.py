@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hf_fusion.server import api_download, api_git, api_misc, api_repos, api_upload, pages, xet
+from hf_fusion.server import api_download, api_git, api_misc, api_repos, api_spaces, api_upload, pages, xet
 from hf_fusion.server.access import token_user
 from hf_fusion.server.errors import HubError, repo_not_found
 from hf_fusion.server.limits import read_body, replay_body, route_limit
@@ -67,7 +67,7 @@ def build_app(store: Store, requests: deque[Record]) -> ASGIApp:
     )
     app.state.store = store
     app.state.signer = Signer()
-    for module in (api_misc, api_upload, xet, api_repos, api_download, api_git, pages):
+    for module in (api_misc, api_upload, xet, api_spaces, api_repos, api_download, api_git, pages):
         app.include_router(module.router)
     app.add_exception_handler(HubError, _refuse)
     app.add_exception_handler(RequestValidationError, _bad_request)

@@ -36,6 +36,20 @@ class SettingsBody(BaseModel):
     private: bool | None = None
 
 
+class VariableBody(BaseModel):
+    """A variable of a Space to set."""
+
+    key: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: str
+    description: str | None = None
+
+
+class KeyBody(BaseModel):
+    """A variable of a Space by name."""
+
+    key: str
+
+
 class UserBody(BaseModel):
     """A user by name."""
 

@@ -70,9 +70,10 @@ def alone(hub, tmp_path) -> Callable[..., str]:
     return run
 
 
-def copy_space(name: str, into: Path) -> Path:
-    """The Space's folder alone, as a Hub would clone it."""
-    return Path(shutil.copytree(SPACES / name, into / name, ignore=shutil.ignore_patterns("__pycache__")))
+def copy_space(name: str | Path, into: Path) -> Path:
+    """The Space's folder alone, as a Hub would clone it; a folder that was deployed has an absolute path."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(SPACES / name, into / Path(name).name, ignore=ignored))
 
 
 def space_environment(endpoint: str, home: Path, **variables: str) -> dict[str, str]:
@@ -86,7 +87,7 @@ def run_space(hub, tmp_path_factory) -> Iterator[Callable[..., str]]:
     """``run_space("foe", MODEL_ID=…)`` starts a Space and gives its URL; it stops when the tests end."""
     processes: list[subprocess.Popen] = []
 
-    def run(name: str, **variables: str) -> str:
+    def run(name: str | Path, **variables: str) -> str:
         work = tmp_path_factory.mktemp("space")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
