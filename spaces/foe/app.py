@@ -18,13 +18,14 @@ import widgets
 from model import Served, load
 from PIL import Image
 from processing import Routing, read_picture, to_mnist
-from shared.blocks import launch, refused, reported, show_load_error
+from shared.blocks import launch, refused, reported, show_about, show_load_error
 from shared.errors import InputError, LoadError
 from shared.page import message
 from shared.picture_input import picture
 from shared.settings import on_gpu, read_settings
 from shared.uploads import to_data_url
 
+PAPER = ("Fusing Models with Complementary Expertise", "2310.01542")
 FOLDER = Path(__file__).parent
 SETTINGS = read_settings("hf-fusion/foe-digits")
 EXAMPLES = {path.stem.partition("-")[2]: path for path in sorted((FOLDER / "examples").glob("*.png"))}
@@ -131,6 +132,7 @@ def build() -> gr.Blocks:
             served()
         except LoadError as error:
             show_load_error(error, "a published Fusion of Experts")
+            show_about(*PAPER)
             return blocks
         config = served().model.config
         gr.HTML(
@@ -169,6 +171,7 @@ def build() -> gr.Blocks:
                 show_progress_on=answer,
                 api_visibility="private",
             )
+        show_about(*PAPER, served().url)
         _api(served().kind)
     return blocks
 

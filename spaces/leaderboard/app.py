@@ -17,12 +17,13 @@ from typing import Any
 import gradio as gr
 import page
 from data import FILE, BrokenError, EmptyError, Suite, read
-from shared.blocks import launch
+from shared.blocks import launch, show_about
 from tables import table_of, to_csv
 from view import View
 
 logger = logging.getLogger(__name__)
 
+PAPER = ("FusionBench: A Comprehensive Benchmark of Deep Model Fusion", "2406.03280")
 FOLDER = Path(__file__).parent
 RESULTS_FILE = os.environ.get("RESULTS_FILE") or str(FOLDER / FILE)
 RESULTS_DATASET = os.environ.get("RESULTS_DATASET", "")
@@ -87,6 +88,7 @@ def build() -> gr.Blocks:
         board = gr.HTML("", js_on_load=script, apply_default_css=False)
         blocks.load(opened, None, board, **private)
         board.select(chosen, None, board, trigger_mode="always_last", **private)
+        show_about(*PAPER)
         gr.api(table, api_name="table")
     return blocks
 

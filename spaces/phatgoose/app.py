@@ -19,11 +19,12 @@ import page
 from gradio.utils import get_upload_folder
 from model import BASE, MERGED, MOST_CHARACTERS, ROUTED, Answer, Served, Writer, load
 from routing import to_data
-from shared.blocks import launch, refused, reported, show_load_error
+from shared.blocks import launch, refused, reported, show_about, show_load_error
 from shared.errors import InputError, LoadError
 from shared.page import count, message
 from shared.settings import on_gpu, read_settings
 
+PAPER = ("Learning to Route Among Specialized Experts for Zero-Shot Generalization", "2402.05859")
 FOLDER = Path(__file__).parent
 SETTINGS = read_settings("hf-fusion/phatgoose-smollm2")
 QUEUE: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}  # two answers at a time
@@ -173,6 +174,7 @@ def build() -> gr.Blocks:
             model = served()
         except LoadError as error:
             show_load_error(error, "a published router")
+            show_about(*PAPER)
             return blocks
         facts = model.model.summary()
         head = page.header(model.id, model.url, model.sha, len(model.names), facts["routed_linears"], facts["top_k"])
@@ -220,6 +222,7 @@ def build() -> gr.Blocks:
         gr.on([button.click, prompt.submit, examples.click], None, cancels=compared)
         expert.input(compare, inputs, comparison, trigger_mode="always_last", **QUEUE, **hidden)
         tokens.select(inspect, state, inspector, trigger_mode="always_last", concurrency_limit=None, **hidden)
+        show_about(*PAPER, model.url)
         _api()
     return blocks
 

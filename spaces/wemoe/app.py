@@ -20,13 +20,14 @@ import plots
 from gradio.utils import get_upload_folder
 from model import CONSTANT, MOST_CHARACTERS, ROUTED, Answer, Example, Served, Weights, load
 from PIL import Image
-from shared.blocks import launch, refused, reported, show_load_error
+from shared.blocks import launch, refused, reported, show_about, show_load_error
 from shared.errors import InputError, LoadError
 from shared.page import message
 from shared.picture_input import picture
 from shared.settings import on_gpu, read_settings
 from shared.uploads import read_picture, to_data_url
 
+PAPER = ("Merging Multi-Task Models via Weight-Ensembling Mixture of Experts", "2402.00433")
 FOLDER = Path(__file__).parent
 SETTINGS = read_settings("hf-fusion/wemoe-minilm")
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -208,6 +209,7 @@ def build() -> gr.Blocks:
             model = served()
         except LoadError as error:
             show_load_error(error, "a published WEMoE")
+            show_about(*PAPER)
             return blocks
         facts = model.model.summary()
         head = page.header(model.id, model.url, model.sha, len(model.names), len(facts["units"]), model.smile)
@@ -220,6 +222,7 @@ def build() -> gr.Blocks:
             with gr.Tab("Parts"):
                 panel = page.facts_panel(model.model.config, facts, model.parts(), model.expert_urls)
                 gr.HTML(panel, apply_default_css=False)
+        show_about(*PAPER, model.url)
         _api(model)
     return blocks
 

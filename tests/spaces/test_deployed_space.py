@@ -18,7 +18,7 @@ from hf_fusion.types import Expert
 
 
 @pytest.mark.slow
-def test_a_deployed_space_runs_from_what_the_hub_has(hub, tmp_path, run_space):
+def test_a_deployed_space_runs_from_what_the_hub_has(hub, tmp_path, run_space, visit):
     labels = ["glad", "sad"]
     experts = [
         Expert(f"me/{seed}", bert(labels, seed=seed), processor=make_tokenizer(), labels=labels) for seed in (0, 1)
@@ -40,6 +40,16 @@ def test_a_deployed_space_runs_from_what_the_hub_has(hub, tmp_path, run_space):
                                     endpoint=hub.endpoint, token=token))  # fmt: skip
     variables = {key: each.value for key, each in api.get_space_variables("space-deployed/app").items()}
     assert variables["MODEL_REVISION"] == published.sha
-    client = Client(run_space(folder, **variables), verbose=False)
+    url = run_space(folder, SPACE_ID="space-deployed/app", **variables)  # as the Hub sets it
+    client = Client(url, verbose=False)
     routing = client.predict("a lazy dog", None, api_name="/predict")
     assert routing["answer"] in labels and len(routing["experts"]) == 2
+    foot = {each.inner_text(): each.get_attribute("href") for each in visit(url).locator(".ui-about a").all()}
+    page = f"{hub.endpoint}/spaces/space-deployed/app"
+    assert foot == {
+        "Paper: Fusing Models with Complementary Expertise": "https://arxiv.org/abs/2310.01542",
+        "Model": f"{hub.endpoint}/{published.id}",
+        "Documentation": f"{page}/blob/main/README.md",
+        "Duplicate this Space": f"{page}?duplicate=true",
+    }
+    assert api.file_exists("space-deployed/app", "README.md", repo_type="space")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from huggingface_hub import constants
 from shared.errors import InputError, LoadError
-from shared.page import message
+from shared.page import about, message
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,26 @@ def show_load_error(error: LoadError, expected: str) -> None:
     logger.error("%s", error)
     hint = f"Set MODEL_ID to {expected} in the Space's settings, then restart the Space."
     gr.HTML(message("The model could not be loaded", str(error), hint), apply_default_css=False)
+
+
+def show_about(paper: str, arxiv: str, model_url: str | None = None) -> None:
+    """The foot of the page: the paper, the model, and, on the Hub, the Space's own documentation and a copy of it.
+
+    Args:
+        paper: its title.
+        arxiv: its number.
+        model_url: address of the model's page, if it is on the Hub.
+    """
+    links = [(f"Paper: {paper}", f"https://arxiv.org/abs/{arxiv}")]
+    if model_url:
+        links.append(("Model", model_url))
+    if space := os.environ.get("SPACE_ID"):  # set by the Hub
+        address = f"{constants.ENDPOINT}/spaces/{space}"
+        links += [
+            ("Documentation", f"{address}/blob/main/README.md"),
+            ("Duplicate this Space", f"{address}?duplicate=true"),
+        ]
+    gr.HTML(about(links), apply_default_css=False)
 
 
 @contextmanager

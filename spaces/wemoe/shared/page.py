@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 HEADER = Markup('<header class="ui-head"><p class="ui-kicker">{}</p><h1>{}<code>{}</code></h1><p>{}</p></header>')
 MESSAGE = Markup('<section class="ui-card ui-message" role="status"><h2>{}</h2><p>{}</p>{}</section>')
+ABOUT = Markup('<footer class="ui-about">{}</footer>')
 PARAGRAPH = Markup("<p>{}</p>")
 LINK = Markup('<a href="{}"{} target="_blank" rel="noopener">{}</a>')
 TITLE = Markup(' title="{}"')
@@ -37,6 +38,11 @@ def link(url: str | None, text: str, title: str = "") -> Markup:
 def header(kicker: str, name: str, text: str, sha: str = "") -> Markup:
     """The head of a page: its subject, and a sentence on what it does."""
     return HEADER.format(kicker, name, sha[:7], text)
+
+
+def about(links: Iterable[tuple[str, str]]) -> Markup:
+    """The foot of a page: links as (text, URL)."""
+    return ABOUT.format(join(link(url, text) for text, url in links))
 
 
 def message(title: str, text: str, hint: str = "") -> Markup:
