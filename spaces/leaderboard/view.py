@@ -49,9 +49,13 @@ class View:
 
     @classmethod
     def from_query(cls, query: str, suites: Sequence[Suite]) -> tuple[View, Suite]:
-        """The view of an address, and its suite; values that the suite does not have become the default."""
+        """The view of an address, and its suite; values that the suite does not have become the default.
+
+        Without a suite in the address it is the one with the most methods.
+        """
         query_values = dict(parse_qsl(query.removeprefix("?"), errors="replace"))
-        suite = next((suite for suite in suites if suite.name == query_values.get("suite")), suites[0])
+        largest = max(suites, key=lambda suite: len({row.method for row in suite.rows}))
+        suite = next((suite for suite in suites if suite.name == query_values.get("suite")), largest)
         allowed: dict[str, Any] = {key: {value for value, _ in pairs} for key, pairs in choices(suite).items()}
         allowed["show"] = SHOWS
         valid = {

@@ -121,6 +121,15 @@ def test_an_address_comes_back_from_its_view(space, suites):
     assert space.view.View("minilm-8").to_query() == "?suite=minilm-8"
 
 
+def test_the_board_opens_on_the_suite_with_the_most_methods(space, summary):
+    [suite] = [suite for suite in summary["suites"] if suite["name"] == "minilm-8"]
+    small = {**suite, "name": "a-small-one", "rows": suite["rows"][:2]}
+    suites = space.data.parse({"suites": [small, suite]})
+    assert [each.name for each in suites] == ["a-small-one", "minilm-8"]
+    assert space.view.View.from_query("", suites)[1].name == "minilm-8"
+    assert space.view.View.from_query("?suite=a-small-one", suites)[1].name == "a-small-one"
+
+
 def test_unknown_query_values_fall_back_to_defaults(space, suites):
     names = ("suite", "show", "split", "tasks", "condition", "family", "variant", "sort", "row", "other")
     query = "&".join(f"{name}=x%ff" for name in names) + f"&find={'y' * 999}"
