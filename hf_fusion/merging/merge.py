@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from hf_fusion.families import STALE
 from hf_fusion.hub.lora import adapter_weights_file
 from hf_fusion.io.folders import refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
-from hf_fusion.merging.engine.checkpoint import read_checkpoint
+from hf_fusion.merging.engine.checkpoint import OpenFiles, read_checkpoint
 from hf_fusion.merging.engine.open_models import Model, open_models
 from hf_fusion.merging.engine.output import (
     SHARD_BYTES,
@@ -39,7 +39,7 @@ from hf_fusion.merging.small_files import merged_files
 from hf_fusion.merging.stages import merge_stages
 from hf_fusion.merging.tied_weights import align_tied_heads, untie_config
 from hf_fusion.merging.tokenizers.smallest import smallest_vocabulary
-from hf_fusion.merging.tokenizers.vocabulary import unite_vocabularies
+from hf_fusion.merging.tokenizers.vocabulary import Vocabulary, unite_vocabularies
 from hf_fusion.recipe import RECIPE_FILE, SMALLEST, Recipe
 from hf_fusion.types import ModelRef
 
@@ -175,6 +175,58 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     Raises:
         FusionError: a model cannot be opened or merged, or the merged model would not load.
     """
+    opened = open_merge(recipe, api)
+    planned = opened.plan(opened.recipe)
+    planned.unchecked = check_loads(planned.config, shapes_of(planned.specs), planned.first)
+    return planned
+
+
+@dataclass(frozen=True)
+class OpenedMerge:
+    """The opened models of a recipe, which can be merged with other parameters as well.
+
+    Attributes:
+        recipe: as it is planned.
+        base: the base, or None.
+        experts: in the recipe's order.
+        vocabulary: of the merged model, or None if its tokenizer is the first model's.
+        untied: whether the merged model gets a separate head.
+        notes: see `Plan`.
+    """
+
+    recipe: Recipe
+    base: Model | None
+    experts: list[Model]
+    vocabulary: Vocabulary | None
+    untied: bool
+    notes: list[str]
+
+    def plan(self, recipe: Recipe, files: OpenFiles | None = None) -> Plan:
+        """Plans every tensor of a merge; whether the merged model loads is not checked.
+
+        Args:
+            recipe: the opened one, or one that differs from it in parameters and weights.
+            files: reads the tensors; default: from the disk, when they are merged.
+        """
+        method = method_named(recipe.method)
+        if method.plans:
+            planned: Plan = method.module.plan(recipe, self.base, self.experts)
+        else:
+            planned = plan(recipe, self.base, self.experts, self.vocabulary, files)
+        planned.recipe = _pinned(planned)
+        if self.untied:
+            planned.config = untie_config(planned.config)
+        planned.notes = [*planned.notes, *self.notes]
+        planned.config = fit_config(planned.config, shapes_of(planned.specs), [planned.first, *planned.experts])
+        return planned
+
+
+def open_merge(recipe: Recipe, api: HfApi | None = None) -> OpenedMerge:
+    """Opens a recipe's models, downloading missing files.
+
+    Raises:
+        FusionError: a model cannot be opened, or their tokenizers cannot be united.
+    """
     method = method_named(recipe.method)
     if recipe.stages:
         raise FusionError("a recipe of several stages has no dry run", "fuse without --dry-run")
@@ -187,26 +239,14 @@ def plan_merge(recipe: Recipe, api: HfApi | None = None) -> Plan:
     base = opened.pop(0) if merged_base else None
     heads = align_tied_heads(recipe, base, opened)
     base, opened = heads.base, heads.experts
-    if method.plans:
-        planned: Plan = method.module.plan(recipe, base, opened)
-    else:
-        vocabulary = None
-        if recipe.tokenizer == SMALLEST:
-            vocabulary = smallest_vocabulary(base, opened)
-        elif recipe.tokenizer is not None:
-            vocabulary = unite_vocabularies(recipe, base, opened, api)
-        if vocabulary is None and recipe.tokenizer is not None:  # smallest, with vocabularies of equal size
-            recipe = replace(recipe, tokenizer=None)
-        planned = plan(recipe, base, opened, vocabulary)
-    planned.recipe = _pinned(planned)
-    if heads.untied:
-        planned.config = untie_config(planned.config)
-    if heads.note:
-        planned.notes = [*planned.notes, heads.note]
-    shapes = shapes_of(planned.specs)
-    planned.config = fit_config(planned.config, shapes, [planned.first, *planned.experts])
-    planned.unchecked = check_loads(planned.config, shapes, planned.first)
-    return planned
+    vocabulary = None
+    if recipe.tokenizer == SMALLEST and not method.plans:
+        vocabulary = smallest_vocabulary(base, opened)
+    elif recipe.tokenizer is not None and not method.plans:
+        vocabulary = unite_vocabularies(recipe, base, opened, api)
+    if vocabulary is None and recipe.tokenizer is not None and not method.plans:
+        recipe = replace(recipe, tokenizer=None)  # smallest, with vocabularies of equal size
+    return OpenedMerge(recipe, base, opened, vocabulary, heads.untied, [heads.note] if heads.note else [])
 
 
 def refuse_inputs(planned: Plan, folder: Path) -> None:

@@ -104,7 +104,13 @@ class Plan:
         return sum(target.spec.nbytes for target in self.targets)
 
 
-def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabulary: Vocabulary | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    base: Model | None,
+    experts: Sequence[Model],
+    vocabulary: Vocabulary | None = None,
+    files: OpenFiles | None = None,
+) -> Plan:
     """Determines the sources of every merged tensor.
 
     Args:
@@ -112,13 +118,14 @@ def plan(recipe: Recipe, base: Model | None, experts: Sequence[Model], vocabular
         base: the opened base, or None.
         experts: the opened experts, in the recipe's order.
         vocabulary: of the merged model, or None if the recipe has no ``tokenizer``.
+        files: reads the tensors; default: from the disk, when they are merged.
 
     Raises:
         FusionError: slices are not possible, or no tensor of an expert would be merged.
         MismatchError: the models' tensors do not match, and the recipe has no ``mismatch``.
     """
     method = method_named(recipe.method)
-    files = OpenFiles()
+    files = files or OpenFiles()
     first = base or experts[0]
     names = [match_tensors(first, expert) for expert in experts]
     origins = list(trace_origins(recipe, base, experts, names))

@@ -39,7 +39,7 @@ def load_recipe(path: str | Path) -> Recipe:
     path = recipe_file(path)
     documents = read_documents(path)
     if len(documents) < 2:
-        return _read(documents[0] if documents else None, path)
+        return recipe_of(documents[0] if documents else None, path)
     stages: dict[str | None, Recipe] = {}
     for document in documents:
         if document is None:  # after a last line of dashes
@@ -51,7 +51,7 @@ def load_recipe(path: str | Path) -> Recipe:
             called = "have no name" if name is None else f"are called {name}"
             raise FusionError(f"{path}: two documents {called}", "name each but the last by name: NAME")
         content = {key: value for key, value in document.items() if key != "name"} if name else document
-        stages[name] = _read(content, path)
+        stages[name] = recipe_of(content, path)
     used = {stage_of(model, list(filter(None, stages))) for stage in stages.values() for model in stage.models}
     ends = [name for name in stages if name is None or name not in used]
     if not ends:
@@ -62,8 +62,18 @@ def load_recipe(path: str | Path) -> Recipe:
     return replace(last, stages={str(name): stage for name, stage in stages.items()})
 
 
-def _read(content: object, path: Path) -> Recipe:
-    """One document."""
+def recipe_of(content: object, path: Path) -> Recipe:
+    """The recipe that plain values are: ours, or one of mergekit or mergekit-moe.
+
+    Args:
+        content: one document of a file.
+        path: the file, for errors.
+
+    Raises:
+        FusionError: naming the file, the key and the reason.
+    """
+    if _has_range(content):
+        raise FusionError(f"{path} has ranges to search, not numbers", f"hf-fusion search {path} --data ROWS")
     if not isinstance(content, Mapping) or not MERGEKIT & content.keys():
         recipe = Recipe.from_dict(content, str(path))
     else:
@@ -79,4 +89,15 @@ def _read(content: object, path: Path) -> Recipe:
     return recipe
 
 
-__all__ = ["load_recipe"]
+def is_range(value: object) -> bool:
+    """Whether a value is a range of numbers, for `hf_fusion.search`: a mapping with ``search: [low, high]``."""
+    ends = value.get("search") if isinstance(value, Mapping) else None
+    return isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+
+
+def _has_range(content: object) -> bool:
+    inner = content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ()
+    return is_range(content) or any(map(_has_range, inner))
+
+
+__all__ = ["is_range", "load_recipe", "recipe_of"]

@@ -120,6 +120,26 @@ class OpenFiles:
         self._open.clear()
 
 
+class HeldFiles(OpenFiles):
+    """Reads each tensor from its file once, as a whole, and holds its bytes in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[tuple[Path, str], np.ndarray] = {}
+
+    def read(self, entry: TensorEntry, start: int, buffer: np.ndarray) -> None:
+        """See `OpenFiles.read`."""
+        import numpy as np
+
+        key = (entry.file, entry.name)
+        if (held := self._held.get(key)) is None:
+            held = np.empty(entry.nbytes, dtype=np.uint8)
+            super().read(entry, 0, held)
+            self._held[key] = held
+        first = start * entry.itemsize
+        buffer[...] = held[first : first + len(buffer)]
+
+
 def read_header(file: Path, root: Path | None = None) -> dict[str, TensorEntry]:
     """Reads the header of a safetensors file: name -> entry, in the order of the data.
 

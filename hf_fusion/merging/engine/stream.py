@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,19 +132,37 @@ def _write(target: Target, shard: Shard, files: OpenFiles, progress: Callable[[i
         assert target.copied is not None
         _copy(target.copied, spec.name, shard, files)
     else:
-        try:
+        with explain_merge_errors(spec.name):
             _merge(target.make, spec, shard)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # raised by methods for what they cannot merge
-            reason = one_line(error)
-            raise FusionError(reason if spec.name in reason else f"{spec.name}: {reason}") from error
-        except torch.OutOfMemoryError as error:
-            raise FusionError(
-                f"{spec.name}: the device has no memory left ({one_line(error)})", "--threads 1, or --device cpu"
-            ) from error
     progress(spec.nbytes)
 
 
+@contextmanager
+def explain_merge_errors(name: str) -> Iterator[None]:
+    """Turns the errors of methods within this context into a `FusionError` that names the tensor."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:  # raised by methods for what they cannot merge
+        reason = one_line(error)
+        raise FusionError(reason if name in reason else f"{name}: {reason}") from error
+    except torch.OutOfMemoryError as error:
+        raise FusionError(
+            f"{name}: the device has no memory left ({one_line(error)})", "--threads 1, or --device cpu"
+        ) from error
+
+
 def _merge(make: Callable[[], tuple[Tensors, Any]], spec: TensorSpec, shard: Shard) -> None:
+    for start, values in merged_values(make, spec):
+        shard.write(spec.name, start, convert_to_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
+
+
+def merged_values(make: Callable[[], tuple[Tensors, Any]], spec: TensorSpec) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, values) of a merged tensor in order, in float32 or in its dtype, checked to be finite in it.
+
+    Raises:
+        FusionError: a value is not finite, or exceeds the maximum of the dtype.
+        ValueError: the method cannot merge the tensor.
+    """
     tensors, merged = make()
     most = torch.finfo(getattr(torch, DTYPES[spec.dtype][0])).max if spec.dtype in NARROW_DTYPES else None
     for start, values in merge_tensors(tensors, merged, spec.dtype):
@@ -151,7 +170,7 @@ def _merge(make: Callable[[], tuple[Tensors, Any]], spec: TensorSpec, shard: Sha
             raise not_finite_error(tensors)
         if most is not None and max(map(abs, values.aminmax())) > most:
             raise FusionError(f"{spec.name} exceeds {most:g}, the maximum of {spec.dtype}", "dtype: bfloat16")
-        shard.write(spec.name, start, convert_to_bytes(values, spec.dtype, scratch("raw", torch.uint8)))
+        yield start, values
 
 
 def _copy(entry: TensorEntry, name: str, shard: Shard, files: OpenFiles) -> None:
