@@ -11,6 +11,7 @@ Fuse
     fuse                  one model of several experts, by a family's method or a static merge
     merge                 a static merge from folder to folder, tensor by tensor, in little memory
     extract_lora          a full fine-tune as a LoRA adapter, with the error of each module
+    search_recipe         the best numbers of a recipe with ranges, and their gain on held-out rows
     load_recipe           read fusion.yaml, or a recipe of mergekit or mergekit-moe
     save_fused            write a fused model with its processor and fusion.yaml
     load_fused            read it back
@@ -73,6 +74,7 @@ if TYPE_CHECKING:  # where editors and type checkers find the names
     from hf_fusion.publishing.push_gates import push_gates as push_gates
     from hf_fusion.recipe import Recipe as Recipe
     from hf_fusion.recipe import RecipeExpert as RecipeExpert
+    from hf_fusion.search.run import search_recipe as search_recipe
     from hf_fusion.training.fuser import fit_fuser as fit_fuser
     from hf_fusion.training.gates import train_gates as train_gates
     from hf_fusion.training.routers import adapt_routers as adapt_routers
@@ -102,6 +104,7 @@ _PUBLIC = {
     "merging.extract_lora": ("extract_lora",),
     "merging.merge": ("merge",),
     "merging.recipe_files": ("load_recipe",),
+    "search.run": ("search_recipe",),
     "recipe": (
         "Recipe",
         "RecipeExpert",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,6 +155,23 @@ def _split(splits: DatasetDict, split: str, source: str) -> Dataset:
     if split not in splits:
         raise FusionError(f"{source} has no split {split!r}", suggestion(split, map(str, splits)))
     return splits[split]
+
+
+def row_contents(rows: Dataset) -> list[Hashable]:
+    """What is read of every row: the image's file, its texts, or its prompt; equal for rows that only differ elsewhere.
+
+    Args:
+        rows: with the columns ``image``, or ``text``, ``text_pair``, ``prompt`` and ``choices``, as far as it has them.
+    """
+    from datasets import Image
+
+    if "image" in rows.column_names:
+        return [image["bytes"] or image["path"] for image in rows.cast_column("image", Image(decode=False))["image"]]
+    read = ("text", "text_pair", "prompt", "choices")  # some prompts ask for nothing but the choice
+    columns = [rows[name] for name in read if name in rows.column_names]
+    return [
+        tuple(tuple(value) if isinstance(value, list) else value for value in row) for row in zip(*columns, strict=True)
+    ]
 
 
 def match_experts_by_name(tasks: Iterable[str], experts: Sequence[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ NAME = "hf_fusion"
 COMMANDS = {
     "demo": "demo",
     "hub": "hub",
+    "search": "search",
     "bench run": "bench",
     "bench report": "plots",
 }

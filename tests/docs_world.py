@@ -87,6 +87,7 @@ ROWS = {
     "docs/guides/foe.md": DATA,
     "docs/guides/measure.md": DATA,
     "docs/guides/serve.md": PICTURES,
+    "docs/guides/search.md": {"rows.parquet": questions},
 }
 # page -> folders of models that lie beside the reader
 FOLDERS = {"docs/guides/embedded-hub.md": ("word-sorting",)}

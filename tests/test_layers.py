@@ -25,6 +25,7 @@ LAYERS = (
     ("training",),
     ("fused_models", "fused_folders", "fusion", "data", "assets"),
     ("evaluation",),
+    ("search",),
     ("cards", "publishing"),
     ("bench",),
     ("demo",),

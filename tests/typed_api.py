@@ -16,6 +16,7 @@ from hf_fusion.merging.extraction_report import Extraction
 from hf_fusion.merging.merge_report import MergeReport
 from hf_fusion.models.fused_summary import Summary
 from hf_fusion.publishing.push import PublishResult
+from hf_fusion.search.report import SearchReport
 from hf_fusion.training.adaptation import Adaptation
 from hf_fusion.training.fuser import Fit
 
@@ -29,7 +30,7 @@ def find() -> list[hf.Expert]:
     return experts
 
 
-def fuse(experts: list[hf.Expert]) -> None:
+def fuse(experts: list[hf.Expert], rows: Dataset) -> None:
     foe, router, wemoe = hf.fuse("foe", experts), hf.fuse("phatgoose", experts), hf.fuse("wemoe", experts, "owner/base")
     assert_type(foe, hf.FoEModel)
     assert_type(hf.fuse("ensemble", experts, rule="max_model"), hf.FoEModel)
@@ -48,6 +49,7 @@ def fuse(experts: list[hf.Expert]) -> None:
     assert_type(hf.WEMoEForGeneration.from_experts(experts).config, hf.WEMoEConfig)
     assert_type(hf.merge(hf.load_recipe("recipe.yaml"), "folder"), MergeReport)
     assert_type(hf.extract_lora("me/tuned", "me/base", Path("folder"), rank=16), Extraction)
+    assert_type(hf.search_recipe("recipe.yaml", {"task": rows}, "folder", budget=20), SearchReport)
 
 
 def fit(foe: hf.FoEModel, wemoe: hf.WEMoEModel, rows: Dataset) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.bench.sources import is_hub_id
 from hf_fusion.bench.suite import OUR_COLUMNS, Suite, Task
+from hf_fusion.data import row_contents
 from hf_fusion.errors import FusionError, one_line, path_suggestion, shown, suggestion
 from hf_fusion.evaluation.choices import right_choices
 from hf_fusion.extras import refuse_missing
@@ -141,8 +142,8 @@ def single(rows: Dataset) -> Dataset:
 
 
 def _without(rows: Dataset, *others: Dataset) -> Dataset:
-    seen = {content for other in others for content in _contents(other)}
-    return rows.select([number for number, content in enumerate(_contents(rows)) if content not in seen])
+    seen = {content for other in others for content in row_contents(other)}
+    return rows.select([number for number, content in enumerate(row_contents(rows)) if content not in seen])
 
 
 def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -150,19 +151,6 @@ def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
     rows = rows.shuffle(seed=SEED)
     kept = round(len(rows) * (1 - share))
     return rows.select(range(kept)), rows.select(range(kept, len(rows)))
-
-
-def _contents(rows: Dataset) -> list[Hashable]:
-    """What is read of every row: the image's file, its texts, or its prompt."""
-    from datasets import Image
-
-    if "image" in rows.column_names:
-        return [image["bytes"] for image in rows.cast_column("image", Image(decode=False))["image"]]
-    read = ("text", "text_pair", "prompt", "choices")  # some prompts ask for nothing but the choice
-    columns = [rows[name] for name in read if name in rows.column_names]
-    return [
-        tuple(tuple(value) if isinstance(value, list) else value for value in row) for row in zip(*columns, strict=True)
-    ]
 
 
 # ---------------------------------------------------------------- our columns

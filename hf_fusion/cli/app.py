@@ -22,6 +22,7 @@ from hf_fusion.progress import reporting
 COMMANDS = {
     "discover": "find experts on the Hub and check which are compatible",
     "fuse": "fuse several experts into one model",
+    "search": "search for the best numbers of a recipe",
     "extract-lora": "turn a full fine-tune into a LoRA adapter",
     "methods": "list the fusion methods, or describe one",
     "fit": "train the fuser or routers of a fused model, or the gates of an adapter",

@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         return name[:2] in options
 
 
-def at_least(least: float, kind: type[int] | type[float] = int, above: bool = False, most: int | None = None) -> Any:
+def at_least(least: float, kind: type[int] | type[float] = int, above: bool = False, most: float | None = None) -> Any:
     """The ``type=`` of an option: a number of at least `least` (greater, if `above`) and at most `most`."""
 
     def convert(word: str) -> float:
@@ -98,7 +98,7 @@ def at_least(least: float, kind: type[int] | type[float] = int, above: bool = Fa
         if not (value > least if above else value >= least):
             raise argparse.ArgumentTypeError(f"{word} must be {'greater than' if above else 'at least'} {least:g}")
         if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{word} must be at most {most}")
+            raise argparse.ArgumentTypeError(f"{word} must be at most {most:g}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # argparse puts it into its error message

@@ -194,10 +194,10 @@ def measure_static(
     kinds: dict[str, str] = {}
     scores: dict[str, dict[str, torch.Tensor]] = {}
     names: list[str] = []
-    like: _Outputs | None = None
+    like: Outputs | None = None
     for kind, given in queue:  # which grows where an adapter records its base
         expert = load_whole(given, options, base if kind == "expert" else None)
-        outputs = _Outputs.of(expert)
+        outputs = Outputs.of(expert)
         like = like or outputs
         name = {FUSED: MERGED, "base": "base"}.get(kind, expert.name)
         if name in scores and isinstance(given, (str, Path)):  # folders of one name in different places
@@ -225,14 +225,15 @@ def measure_static(
 
 
 @dataclass(frozen=True)
-class _Outputs:
+class Outputs:
     """What a model's outputs mean: two models are compared where it is the same."""
 
     head: str
     labels: tuple[str, ...]
 
     @classmethod
-    def of(cls, expert: Expert) -> _Outputs:
+    def of(cls, expert: Expert) -> Outputs:
+        """Those of a model."""
         head = head_of_architecture(type(expert.model).__name__)
         return cls(head.auto if head else type(expert.model).__name__, tuple(map(normalise_label, expert.labels)))
 
@@ -290,4 +291,4 @@ class _Individual:
             return self.merge.dense(task)
 
 
-__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "TaskModel", "load_whole", "measure_merged", "measure_static"]
+__all__ = ["INDIVIDUAL", "MERGED", "WEMOE", "Outputs", "TaskModel", "load_whole", "measure_merged", "measure_static"]

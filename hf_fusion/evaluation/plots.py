@@ -81,7 +81,7 @@ def plot_accuracy_cost(results: Results, path: str | Path) -> Path:
     axes.set_xlabel("cost per example, as a share of querying every expert", loc="left")
     axes.set_title(_title(results), loc="left", fontsize=11, pad=12)
     plain_axes(axes)
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
@@ -127,7 +127,7 @@ def plot_routing(routing: RoutingMap, path: str | Path) -> Path:
     )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
@@ -184,10 +184,10 @@ def plot_coefficients(found: CoefficientMap, path: str | Path) -> Path:
         ha="left",
         fontsize=9.5,
     )
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
-def _saved(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes a picture, all of it or nothing."""
     with replacing(path) as partial:
         figure.savefig(partial, facecolor="white")

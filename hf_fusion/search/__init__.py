@@ -1,0 +1,1 @@
+"""Search over the numbers of a recipe: which of them make the best merge."""
