@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "demo",
     "hub": "hub",
     "search": "search",
+    "serve": "serve",
     "bench run": "bench",
     "bench report": "plots",
 }

@@ -78,7 +78,8 @@ BEFORE = {
     "docs/guides/serve.md": (
         f"hf-fusion fuse --method phatgoose {SORTERS} --output router",
         f"hf-fusion fuse --method wemoe {FINE_TUNES} --output many-tasks",
-    )
+    ),
+    "docs/guides/openai.md": (f"hf-fusion fuse --method phatgoose {SORTERS} --output router",),
 }
 # page -> file that lies beside the reader -> its rows
 ROWS = {

@@ -57,7 +57,7 @@ def script_of(page: str, port: int) -> str:
                 re.sub(r"(serve .*) &$", r"\1 & sleep 4", block.code, flags=re.MULTILINE).replace(PORT, str(port))
             )
         elif block.language == "python":
-            steps.append(f"python - <<'END'\n{block.code}END")
+            steps.append(f"python - <<'END'\n{block.code}END".replace(PORT, str(port)))
         else:
             steps.append(f"cat > {block.title} <<'END'\n{block.code}END")
     return "\n".join(steps)

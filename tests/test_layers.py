@@ -26,7 +26,7 @@ LAYERS = (
     ("fused_models", "fused_folders", "fusion", "data", "assets"),
     ("evaluation",),
     ("search",),
-    ("cards", "publishing"),
+    ("cards", "publishing", "serving"),
     ("bench",),
     ("demo",),
     ("cli",),

@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": "benchmark fusion methods on suites of tasks",
     "publish": "push a fused model and its card to the Hub",
     "spaces": "deploy the project's Gradio apps",
+    "serve": "serve a model by OpenAI's API",
     "hub": "run a Hub on this machine",
     "completion": "print a script by which a shell completes commands",
     "demo": "run the whole pipeline once, on real models and data",

@@ -100,7 +100,7 @@ def test_command_group_shows_examples(name, capsys):
         ("bench --suite x", "hf-fusion bench has no option --suite|write it after the command: hf-fusion bench run …"),
         ("fues recipe.yaml --methd x", "unknown command 'fues'|did you mean fuse? hf-fusion --help lists all"),
         ("FUSE recipe.yaml", "unknown command 'FUSE'|did you mean fuse?"),
-        ("serve hub", "unknown command 'serve'|did you mean hub serve?"),
+        ("user hub", "unknown command 'user'|did you mean hub user?"),
         ("reprot results", "unknown command 'reprot'|did you mean bench report?"),
         ("bench reprot results", "unknown command 'reprot'|did you mean report?"),
         ("fit gate adapter --data x", "unknown command 'gate'|did you mean gates?"),
