@@ -86,11 +86,11 @@ def measure_harness(
     if not words:
         raise FusionError("no task was named", "harness=['arc_easy'], or a YAML file")
     fused, recipe = _opened(model, trust_remote_code, api)
-    _check_writes(fused.model, fused.name)
+    check_writes(fused.model, fused.name)
     queue = _beside(recipe, fused.name) if compare else []
     from hf_fusion.evaluation.harness_tasks import load_tasks
 
-    with _quiet():
+    with quiet_harness():
         loaded = load_tasks(words, fewshot)
         name = TITLES.get(getattr(fused.model.config, "model_type", ""), MERGED)
         scores = _run(fused, name, FUSED, loaded, limit, batch_size)
@@ -103,7 +103,7 @@ def measure_harness(
             name = "base" if kind == "base" else str(given) if expert.name in names else expert.name
             check_names([*names, name])
             names.append(name)
-            _check_writes(expert.model, name)
+            check_writes(expert.model, name)
             _placed(expert, fused.model.device)
             scores += _run(expert, name, kind, loaded, limit, batch_size)
             del expert  # before the next is loaded
@@ -140,7 +140,7 @@ def _as_expert(model: Any) -> Expert:
     return Expert(model.name_or_path or type(model).__name__, model, processor=model.processor)
 
 
-def _check_writes(model: PreTrainedModel, name: str) -> None:
+def check_writes(model: PreTrainedModel, name: str) -> None:
     """Raises for a model that is not a language model."""
     head = getattr(model.config, "head", None)
     if head is not None:
@@ -179,7 +179,7 @@ def _run(expert: Expert, name: str, kind: str, loaded: Any, limit: int | None, b
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples for every model
     try:
-        with _seeded():
+        with seeded_as_harness():
             found: Any = evaluate(lm, loaded, limit=limit, log_samples=False)
     except (AssertionError, ValueError, NotImplementedError) as error:  # how the harness refuses
         raise FusionError(
@@ -221,7 +221,7 @@ def _dataset_of(task: Any) -> str:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def seeded_as_harness() -> Iterator[None]:
     """The harness's seeds, within this context."""
     import numpy
     import torch
@@ -239,7 +239,7 @@ def _seeded() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Within this context the harness and `datasets` report errors alone."""
     import datasets
 
@@ -255,4 +255,4 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-__all__ = ["EXTRA", "measure_harness"]
+__all__ = ["EXTRA", "check_writes", "measure_harness", "quiet_harness", "seeded_as_harness"]

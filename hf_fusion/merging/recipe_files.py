@@ -62,23 +62,24 @@ def load_recipe(path: str | Path) -> Recipe:
     return replace(last, stages={str(name): stage for name, stage in stages.items()})
 
 
-def recipe_of(content: object, path: Path) -> Recipe:
+def recipe_of(content: object, path: Path, quiet: bool = False) -> Recipe:
     """The recipe that plain values are: ours, or one of mergekit or mergekit-moe.
 
     Args:
         content: one document of a file.
         path: the file, for errors.
+        quiet: whether what mergekit reads without a use for it is left out of the log.
 
     Raises:
         FusionError: naming the file, the key and the reason.
     """
-    if _has_range(content):
+    if _has_range(content) or (isinstance(content, Mapping) and "genome" in content):
         raise FusionError(f"{path} has ranges to search, not numbers", f"hf-fusion search {path} --data ROWS")
     if not isinstance(content, Mapping) or not MERGEKIT & content.keys():
         recipe = Recipe.from_dict(content, str(path))
     else:
         is_mixture = "experts" in content and "merge_method" not in content
-        recipe = (from_mergekit_moe if is_mixture else from_mergekit)(content, str(path))
+        recipe = from_mergekit_moe(content, str(path)) if is_mixture else from_mergekit(content, str(path), quiet)
     for stage in recipe.stages.values():
         check_parameters(stage, str(path))
     if recipe.method in MERGE_METHODS:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from hf_fusion.errors import FusionError
 from hf_fusion.evaluation.loop import TaskRows, check_suite, predict_task
 from hf_fusion.evaluation.merging import Outputs
 from hf_fusion.evaluation.predictors import ModelPredictor
-from hf_fusion.evaluation.results import MeasuredTask, Metric
+from hf_fusion.evaluation.results import MeasuredTask
 from hf_fusion.evaluation.task_metrics import row_scores
 from hf_fusion.hub.load import in_memory
 from hf_fusion.training.batches import read_examples
@@ -27,22 +27,37 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from hf_fusion.evaluation.results import Metric
+
 Scores = dict[str, torch.Tensor]
 """Task → the score of each row (N,)."""
 
 
 class Objective(Protocol):
-    """What measures a model; a score is the mean over the tasks, and the higher the better.
+    """What measures a model; a score is the weighted mean over the tasks, and the higher the better.
 
     Attributes:
         tasks: all of them, with the number of held-out rows.
         searched: the number of rows to search on.
         held_out: the number of held-out rows.
+        weights: task → weight of its score in the mean.
     """
 
-    tasks: Sequence[MeasuredTask]
-    searched: int
-    held_out: int
+    @property
+    def tasks(self) -> Sequence[MeasuredTask]:
+        """All of them."""
+
+    @property
+    def searched(self) -> int:
+        """The number of rows to search on."""
+
+    @property
+    def held_out(self) -> int:
+        """The number of held-out rows."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of the tasks."""
 
     def scores(self, first: int, last: int) -> Scores:
         """Scores of the model as it is, on the rows to search on from `first` to `last` (exclusive) of `searched`.
@@ -54,12 +69,20 @@ class Objective(Protocol):
         """Scores of the model as it is, on the held-out rows."""
 
 
-def mean_score(parts: Sequence[Scores]) -> float:
-    """The mean over tasks of the mean over their rows, which several measurements scored."""
+def mean_score(parts: Sequence[Scores], weights: Mapping[str, float] | None = None) -> float:
+    """The mean over tasks of the mean over their rows, which several measurements scored.
+
+    Args:
+        parts: the measurements.
+        weights: of the tasks; default: equal.
+    """
     tasks = dict.fromkeys(task for part in parts for task in part)
-    joined = [torch.cat([part[task] for part in parts if task in part]) for task in tasks]
-    means = [float(values.double().nanmean()) for values in joined]  # nan: a row with nothing to compare with
-    return sum(means) / len(means)
+    counts = {task: 1.0 if weights is None else weights[task] for task in tasks}
+    total = 0.0
+    for task in tasks:
+        values = torch.cat([part[task] for part in parts if task in part]).double()
+        total += counts[task] * float(values.nanmean())  # nan: a row with nothing to compare with
+    return total / sum(counts.values())
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,7 @@ class RowsObjective:
         tasks: see `Objective`.
         searched: see `Objective`.
         held_out: see `Objective`.
+        weights: see `Objective`.
     """
 
     def __init__(
@@ -139,7 +163,7 @@ class RowsObjective:
         model: PreTrainedModel,
         division: Division,
         *,
-        metrics: Mapping[str, Metric] | None = None,
+        metrics: Mapping[str, str] | None = None,
         batch_size: int = 32,
         max_length: int = 512,
     ) -> None:
@@ -147,9 +171,11 @@ class RowsObjective:
         self._batch_size, self._read = batch_size, partial(read_examples, self._expert, max_length=max_length)
         outputs, wanted = Outputs.of(self._expert), metrics or {}
         self._division = division
-        self.tasks: Sequence[MeasuredTask] = [
-            MeasuredTask(task, outputs.metric(wanted.get(task)), len(rows)) for task, rows in division.held_out.items()
+        self.tasks = [
+            MeasuredTask(task, outputs.metric(cast("Metric | None", wanted.get(task))), len(rows))
+            for task, rows in division.held_out.items()
         ]
+        self.weights = {task.name: 1.0 for task in self.tasks}
         self.searched = sum(map(len, division.search.values()))
         self.held_out = sum(map(len, division.held_out.values()))
         self._encoded: dict[tuple[str, int, int], TaskRows] = {}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_fusion.evaluation.intervals import Score, mean_of
+from hf_fusion.evaluation.intervals import Z95, Score, mean_of, wilson
 from hf_fusion.evaluation.scoring import lead_of
-from hf_fusion.evaluation.task_metrics import score_of
 from hf_fusion.io.saving import write_file
 from hf_fusion.models.fused_html import table_of_rows
 from hf_fusion.search.trials import Trial
@@ -124,11 +124,21 @@ def gains_of(
     found = []
     for task in tasks:
         first, other = pairs[task.name]
-        scores = (score_of(first, task.metric), score_of(other, task.metric), lead_of([other], [first]))
+        scores = (_score(first), _score(other), lead_of([other], [first]))
         found.append(Gain(task.name, len(first), task.metric, *scores))
     lead = lead_of([pair[1] for pair in pairs.values()], [pair[0] for pair in pairs.values()])
     means = (mean_of([gain.start for gain in found]), mean_of([gain.best for gain in found]), lead)
     return [*found, Gain(MEAN, sum(gain.n for gain in found), "", *means)]
+
+
+def _score(values: torch.Tensor) -> Score:
+    """The mean of rows' scores (N,): of shares with Wilson's interval, else with the normal one."""
+    numbers = values.double()
+    mean = float(numbers.mean())
+    if bool(((numbers == 0) | (numbers == 1)).all()):
+        return Score(mean, wilson(mean, len(numbers)))
+    half = Z95 * float(numbers.std(correction=0)) / math.sqrt(len(numbers))
+    return Score(mean, (mean - half, mean + half))
 
 
 __all__ = ["BEST_FILE", "REPORT_FILE", "Gain", "SearchReport", "gains_of"]

@@ -25,24 +25,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from huggingface_hub import HfApi
 
-    from hf_fusion.evaluation.results import Metric
-
 EXTRA = "search"
 PICTURE = "trials.png"
+BATCH_SIZE = 32
 BUDGET, HELD_OUT = 40, 0.3
 """Defaults: the number of trials, and the share of the rows that is held out."""
 
 
 def search_recipe(
     recipe: str | Path,
-    data: Mapping[str, Dataset],
+    data: Mapping[str, Dataset] | None,
     folder: str | Path,
     *,
+    harness: str | Sequence[str] | None = None,
     budget: int = BUDGET,
     held_out: float = HELD_OUT,
     seed: int = 0,
-    metrics: Mapping[str, Metric] | None = None,
-    batch_size: int = 32,
+    metrics: Mapping[str, str] | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
     max_length: int = 512,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -60,15 +62,22 @@ def search_recipe(
     A search that was interrupted continues with the trials that `folder` has, also with a larger budget.
 
     Args:
-        recipe: a file of a static merge with ranges, ours or one of mergekit.
-        data: task → labelled rows; columns as for `hf_fusion.evaluate` of a static merge.
+        recipe: a file of a static merge with ranges, ours or one of mergekit; or a genome of mergekit-evolve.
+        data: task → labelled rows; columns as for `hf_fusion.evaluate` of a static merge. None for tasks of
+            lm-evaluation-harness.
         folder: for the trials and the result.
+        harness: tasks of lm-evaluation-harness in place of rows, see `hf_fusion.evaluation.harness.measure_harness`;
+            default: those of the genome. Documents of their validation splits are measured, or else of their training
+            splits, but never of their test splits.
         budget: number of trials. The first is the start: of each range its ``start``, else the method's default, else
             its middle.
         held_out: share of the rows that is held out.
         seed: of the division of the rows, and of CMA-ES.
-        metrics: task → "exact" (default), "tokens" or "ranked", for language models.
-        batch_size: rows per step.
+        metrics: of language models: task → "exact" (default), "tokens" or "ranked"; of tasks of the harness: task →
+            metric, by default the first that the task names.
+        fewshot: examples before each document of the harness; default: as each task says.
+        limit: documents of each task of the harness; default: all.
+        batch_size: rows per step; default: 32, or the harness's 1.
         max_length: the longest sequence, in tokens.
         trust_remote_code: whether custom code of the models may run.
         overwrite: whether to begin a new search where `folder` has the trials of another.
@@ -89,18 +98,44 @@ def search_recipe(
         raise FusionError(f"the share of rows to hold out is {held_out:g}, expected a number between 0 and 1")
     if Processes().count > 1:
         raise FusionError("a search runs in a single process", "run it without accelerate launch")
+    evolved = space.genome
+    words = [harness] if isinstance(harness, str) else list(harness or ())
+    if data is None and not words:
+        words = [task.name for task in space.tasks]
+    if (data is None) == (not words):
+        raise FusionError("a search is on labelled rows or on tasks of the harness, one of the two", "--data ROWS")
     folder = output_folder(folder)
     refuse_to_replace(folder, overwrite=False)
-    division = divide_rows(data, held_out, seed)
-    first = space.recipe(space.start)
-    held = HeldMerge(first, trust_remote_code=trust_remote_code, api=api)
-    objective = RowsObjective(held.model, division, metrics=metrics, batch_size=batch_size, max_length=max_length)
+    division = None if data is None else divide_rows(data, held_out, seed)
+    held = HeldMerge(space.recipe(space.start), trust_remote_code=trust_remote_code, api=api)
+    objective: Objective
+    if division is not None:
+        objective = RowsObjective(
+            held.model, division, metrics=metrics, batch_size=batch_size or BATCH_SIZE, max_length=max_length
+        )
+    else:
+        from hf_fusion.search.harness import HarnessObjective
+
+        named = {task.name: task.metric for task in space.tasks} | dict(metrics or {})
+        objective = HarnessObjective(
+            held.model,
+            words,
+            held_out=held_out,
+            seed=seed,
+            fewshot=evolved.num_fewshot if fewshot is None and evolved else fewshot,
+            limit=limit or (evolved.limit if evolved else None),
+            metrics=named,
+            weights={task.name: task.weight for task in space.tasks},
+            chat_template=evolved is not None and evolved.apply_chat_template,
+            multiturn=evolved is not None and evolved.fewshot_as_multiturn,
+            batch_size=batch_size or 1,
+        )
     with in_folder(folder):
         about = {
             "recipe": held.recipe.to_dict(),
             "ranges": {d.name: [d.low, d.high] for d in space.dimensions},
-            "rows": {task: [len(division.search[task]), len(rows)] for task, rows in division.held_out.items()},
-            "metrics": {task.name: task.metric for task in objective.tasks},
+            "tasks": [[task.name, task.metric, task.n] for task in objective.tasks],
+            "rows": objective.searched,
             "held_out": held_out,
             "seed": seed,
         }
@@ -118,7 +153,7 @@ def _search(
         parts: list[Scores] = []
         for first, last in zip([0, *rows], rows, strict=False):
             parts.append(objective.scores(first, last))
-            yield mean_score(parts)
+            yield mean_score(parts, objective.weights)
 
     with phase("Searching", budget) as searching:
         searching.reach(len(kept.trials))

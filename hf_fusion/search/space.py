@@ -25,6 +25,7 @@ from hf_fusion.merging.recipe_checks import COMMON, check_recipe
 from hf_fusion.merging.recipe_files import recipe_of
 from hf_fusion.recipe import Recipe, recipe_file
 from hf_fusion.schema import Expected, KeyPath, read_class
+from hf_fusion.search.genome import GenomeFile, GenomeTask, read_genome, recipe_of_genome
 
 SEARCH = "search"
 """The key that makes a mapping a range."""
@@ -82,11 +83,18 @@ class SearchSpace:
         content: the recipe as plain values, with each range's start in its place.
         file: where it is from, for errors.
         dimensions: the numbers that are searched for, in the order of the file.
+        genome: what else a recipe of mergekit-evolve says; None for other recipes.
     """
 
     content: Mapping[str, Any]
     file: Path
     dimensions: tuple[Dimension, ...]
+    genome: GenomeFile | None = None
+
+    @property
+    def tasks(self) -> Sequence[GenomeTask]:
+        """The tasks of a recipe of mergekit-evolve."""
+        return self.genome.tasks if self.genome else ()
 
     @property
     def start(self) -> list[float]:
@@ -105,7 +113,7 @@ class SearchSpace:
             for key in dimension.keys[:-1]:
                 place = place[key]
             place[dimension.keys[-1]] = value
-        return recipe_of(content, self.file)
+        return recipe_of(content, self.file, quiet=True)
 
     def named(self, values: Sequence[float]) -> dict[str, float]:
         """Values by the names of their dimensions."""
@@ -130,13 +138,15 @@ def load_space(path: str | Path) -> SearchSpace:
 
 def space_of(content: Mapping[str, Any], file: Path) -> SearchSpace:
     """The search space of a recipe as plain values; see `load_space`."""
-    content = copy.deepcopy(dict(content))
+    genome = read_genome(content, file) if "genome" in content else None
+    content = _copied(recipe_of_genome(genome, file) if genome else content)
     is_mergekit = "merge_method" in content
     method = str(content.get("merge_method" if is_mergekit else "method") or "")
     dimensions = tuple(_replaced(content, (), method, is_mergekit, KeyPath(str(file))))
     if not dimensions:
         raise FusionError(f"{file} has no range to search", f"write one, such as {SYNTAX}")
-    space = SearchSpace(content, file, dimensions)
+    recipe_of(content, file)  # once with what the log says of it
+    space = SearchSpace(content, file, dimensions, genome)
     for values in (
         [dimension.value(0) for dimension in dimensions],
         [dimension.value(1) for dimension in dimensions],
@@ -146,6 +156,13 @@ def space_of(content: Mapping[str, Any], file: Path) -> SearchSpace:
         _check_searchable(recipe, file)
         check_recipe(recipe)
     return space
+
+
+def _copied(node: Any) -> Any:
+    """A copy in which nothing is in two places, as aliases of YAML are: each place is its own dimension."""
+    if isinstance(node, Mapping):
+        return {key: _copied(value) for key, value in node.items()}
+    return [_copied(value) for value in node] if isinstance(node, list) else node
 
 
 def _check_searchable(recipe: Recipe, file: Path) -> None:

@@ -157,23 +157,25 @@ class _File:
 # ---------------------------------------------------------------- as one of ours
 
 
-def from_mergekit(content: Mapping[str, Any], name: str) -> Recipe:
+def from_mergekit(content: Mapping[str, Any], name: str, quiet: bool = False) -> Recipe:
     """A recipe of mergekit's as one of ours.
 
     Args:
         content: as YAML gives it.
         name: what errors call the file.
+        quiet: whether what is not used is left out of the log.
 
     Raises:
         FusionError: naming the file, the key and what is wrong with it or not supported.
     """
-    return _Reader(read_class(_File, content, KeyPath(name)), KeyPath(name)).recipe()
+    return _Reader(read_class(_File, content, KeyPath(name)), KeyPath(name), quiet).recipe()
 
 
 class _Reader:
     """What a recipe of mergekit's says, put into the words of ours."""
 
-    def __init__(self, file: _File, where: KeyPath) -> None:
+    def __init__(self, file: _File, where: KeyPath, quiet: bool) -> None:
+        self.quiet = quiet
         self.file, self.where, self.method, self.base = file, where, file.merge_method, file.base_model
         self._ignored: dict[str, None] = {}
         usable = [name for name, row in MERGE_METHODS.items() if row.mergekit is not None]
@@ -217,7 +219,7 @@ class _Reader:
             self._tokenizer(file.tokenizer) if file.tokenizer else file.tokenizer_source or SMALLEST,
             file.chat_template,
         )
-        if self._ignored:
+        if self._ignored and not self.quiet:
             logger.warning("%s: %s does not use %s: ignored", self.where, self.method, ", ".join(self._ignored))
         return self._placed(_all_kept(recipe) if "epsilon" in self.parameters else recipe)
 
