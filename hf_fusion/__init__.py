@@ -24,7 +24,8 @@ Fit
 Measure
     evaluate              a fused model beside its experts and simpler ways to use them
 
-Publish
+Export, publish
+    export                a fused model as a plain dense model or a PEFT adapter, for servers without this package
     publish               push a fused model with its recipe and card, ready for from_pretrained
 
 Example:
@@ -47,6 +48,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # where editors and type checkers find the names
     from hf_fusion.errors import FusionError as FusionError
     from hf_fusion.evaluation.evaluate import evaluate as evaluate
+    from hf_fusion.exporting.export import export as export
     from hf_fusion.fused_models import FoEConfig as FoEConfig
     from hf_fusion.fused_models import FoEForGeneration as FoEForGeneration
     from hf_fusion.fused_models import FoEModel as FoEModel
@@ -118,6 +120,7 @@ _PUBLIC = {
         "fit_routers",
     ),
     "evaluation.evaluate": ("evaluate",),
+    "exporting.export": ("export",),
     "publishing.publish": ("publish",),
     "fused_models": (
         "FoEConfig",

@@ -27,6 +27,7 @@ LAYERS = (
     ("evaluation",),
     ("search",),
     ("cards", "publishing", "serving"),
+    ("exporting",),
     ("bench",),
     ("demo",),
     ("cli",),

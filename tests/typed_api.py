@@ -11,6 +11,7 @@ from typing_extensions import assert_type
 
 import hf_fusion as hf
 from hf_fusion.evaluation.results import Results
+from hf_fusion.exporting.export import Export
 from hf_fusion.hub.discover import Experts
 from hf_fusion.merging.extraction_report import Extraction
 from hf_fusion.merging.merge_report import MergeReport
@@ -50,6 +51,7 @@ def fuse(experts: list[hf.Expert], rows: Dataset) -> None:
     assert_type(hf.merge(hf.load_recipe("recipe.yaml"), "folder"), MergeReport)
     assert_type(hf.extract_lora("me/tuned", "me/base", Path("folder"), rank=16), Extraction)
     assert_type(hf.search_recipe("recipe.yaml", {"task": rows}, "folder", budget=20), SearchReport)
+    assert_type(hf.export("fused", Path("dense"), task="me/expert"), Export)
 
 
 def fit(foe: hf.FoEModel, wemoe: hf.WEMoEModel, rows: Dataset) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "fit": "train the fuser or routers of a fused model, or the gates of an adapter",
     "eval": "evaluate a fused model beside its experts and baselines",
     "bench": "benchmark fusion methods on suites of tasks",
+    "export": "turn a fused model into a dense model or an adapter",
     "publish": "push a fused model and its card to the Hub",
     "spaces": "deploy the project's Gradio apps",
     "serve": "serve a model by OpenAI's API",

@@ -11,7 +11,7 @@ from pathlib import Path
 from hf_fusion.errors import FusionError, disk_refusals, writing
 
 # files by which a folder is recognised as a model's, or as one with results
-MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "results.json")
+MODEL = ("fusion.yaml", "config.json", "adapter_config.json", "*.safetensors", "*.gguf", "results.json")
 # files of an earlier save that a loader would read as part of the new model; and its results
 LEFTOVERS = (
     "*.safetensors",
@@ -19,6 +19,8 @@ LEFTOVERS = (
     "*.py",
     "modules.json",
     "additional_chat_templates",
+    "*.gguf",
+    "export.json",
     "results.json",
 )
 
