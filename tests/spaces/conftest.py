@@ -17,6 +17,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
 SPACES = Path(__file__).parents[2] / "spaces"
 # a Space has neither hf_fusion nor peft
@@ -119,7 +120,9 @@ def run_space(hub, tmp_path_factory) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def visit(browser):
-    """Opens a page; at the end it must not have written an error to the console or asked another host."""
+    """Opens a page. At the end it must not have written an error to the console or asked another host, and axe-core
+    must find nothing that keeps people out, such as too little contrast or a control without a name.
+    """
     pages, errors, hosts = [], [], set()
 
     def open_page(url: str, width: int = 1280, scheme: str = "light"):
@@ -136,6 +139,19 @@ def visit(browser):
 
     yield open_page
     hacked = [page.evaluate("window.hacked") for page in pages]
+    barriers = [finding for page in pages for finding in barriers_of(page)]
     for page in pages:
         page.close()
+    assert barriers == []
     assert errors == [] and hosts <= {"http://127.0.0.1", "data:", "blob:"} and not any(hacked)
+
+
+def barriers_of(page) -> list[str]:
+    """What axe-core calls serious or critical on a page, as it is now."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{rule['id']}: {node['failureSummary']} {node['html'][:200]}"
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
