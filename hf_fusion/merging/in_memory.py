@@ -28,6 +28,7 @@ def merge_states(
     by_expert: Sequence[Mapping[str, Any]] = (),
     statistics: Sequence[Mapping[str, Statistic]] = (),
     seed: int = 0,
+    memory: dict[str, dict[Any, Any]] | None = None,
     **parameters: Any,
 ) -> dict[str, torch.Tensor]:
     """Merges tensors of the same names and shapes.
@@ -39,6 +40,7 @@ def merge_states(
         by_expert: parameters of single experts (``weight``), one mapping per expert.
         statistics: of each expert, tensor name → its statistic, for methods that need statistics.
         seed: for random draws.
+        memory: keeps what is computed of these tensors alone, for further merges of them with other parameters.
         parameters: the method's own, for all experts: values, gradients over the layers or filters by name.
 
     Returns:
@@ -59,7 +61,9 @@ def merge_states(
     def opened(name: str) -> Tensors:
         readers = [MemoryReader(expert[name].cpu()) for expert in experts]
         measured = [each.get(name) for each in statistics]
-        return Tensors(name, None if start is None else MemoryReader(start[name].cpu()), readers, seed, whole, measured)
+        kept = None if memory is None else memory.setdefault(name, {})
+        first_reader = None if start is None else MemoryReader(start[name].cpu())
+        return Tensors(name, first_reader, readers, seed, whole, measured, kept)
 
     whole = WholeModel(lambda: [opened(name) for name in floats])
     merged = {name: tensor.clone() for name, tensor in first.items() if not tensor.is_floating_point()}

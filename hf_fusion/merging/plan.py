@@ -241,7 +241,8 @@ def _target(origin: Origin, parts: tuple[ExpertTensor, ...], context: _Context) 
             readers.append(reader if reader.shape == size else ResizedReader(reader, first_reader))
         measured = [context.statistics[p.expert].of(str(p.name), context.files) for p in parts if context.statistics]
         base = first_reader if context.base else None
-        return Tensors(origin.name, base, readers, seed, context.whole, statistics=measured)
+        memory = context.files.memory_of(origin.name)
+        return Tensors(origin.name, base, readers, seed, context.whole, statistics=measured, memory=memory)
 
     def make() -> tuple[Tensors, Any]:
         tensors = open_inputs()

@@ -72,7 +72,8 @@ def trim_magnitudes(
 def trim_per_tensor(tensors: Tensors, values: Values, density: Sequence[float], ties: str) -> Values:
     """Keeps the largest entries of each tensor by magnitude."""
     counts = [_count(share, tensors.numel) for share in density]
-    return _trimming(values, find_thresholds(tensors, counts, _magnitude_of(values)), ties)
+    memory = tensors.memory if values is Chunk.deltas else None  # others depend on parameters
+    return _trimming(values, find_thresholds(tensors, counts, _magnitude_of(values), memory), ties)
 
 
 def _trimming(values: Values, thresholds: Sequence[Threshold], ties: str) -> Values:
@@ -96,8 +97,8 @@ def trim_both_tails(tensors: Tensors, density: Sequence[float], gamma: Sequence[
     # if both do not fit, fewer of the largest entries are dropped: the density takes precedence
     top = [min(int(share * total), total - k) for share, k in zip(gamma, kept)]
     magnitude = _magnitude_of(Chunk.deltas)
-    upper = Trim(find_thresholds(tensors, top, magnitude), "exact")
-    lower = Trim(find_thresholds(tensors, [k + t for k, t in zip(kept, top)], magnitude), "exact")
+    upper = Trim(find_thresholds(tensors, top, magnitude, tensors.memory), "exact")
+    lower = Trim(find_thresholds(tensors, [k + t for k, t in zip(kept, top)], magnitude, tensors.memory), "exact")
 
     def between(chunk: Chunk) -> torch.Tensor:
         deltas, is_first = chunk.deltas(), chunk.index == 0

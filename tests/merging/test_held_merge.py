@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_fusion import FusionError, Recipe, RecipeExpert, merge
 from hf_fusion.merging.held_merge import HeldMerge
+from hf_fusion.merging.in_memory import merge_states
 
 
 def mixtral(seed: int) -> MixtralForCausalLM:
@@ -101,3 +102,21 @@ def test_a_merge_that_is_not_finite_is_an_error_and_the_next_is_right(folders):
     wanted = recipe_of(folders, "task_arithmetic", scaling=0.3)
     assert held.show(wanted) > 0
     assert_merged(held, wanted, folders / "merged")
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("ties", "density"), ("breadcrumbs", "density"), ("magnitude", "density")]
+)
+def test_samples_that_are_kept_change_nothing(method, name):
+    """Thresholds are exact, whatever sample they are bracketed with; tensors of several chunks, with equal values."""
+    torch.manual_seed(0)
+    base = {"a": torch.randn(600, 700), "b": torch.randn(50)}
+    experts = [
+        {key: value + torch.randn_like(value).mul(8).round() / 64 for key, value in base.items()} for _ in range(2)
+    ]
+    memory: dict = {}
+    for share in (0.3, 0.9, 0.001, 1.0, 0.3):
+        plain = merge_states(method, base, experts, **{name: share})
+        kept = merge_states(method, base, experts, memory=memory, **{name: share})
+        assert all(torch.equal(plain[key], kept[key]) for key in base), share
+    assert memory["a"]

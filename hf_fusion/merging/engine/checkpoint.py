@@ -113,6 +113,10 @@ class OpenFiles:
                 raise FusionError(f"{entry.file} ends within {entry.name}", "download it again: it is truncated")
             offset, view = offset + count, view[count:]
 
+    def memory_of(self, name: str) -> dict[Any, Any] | None:
+        """What is kept between merges of a tensor, see `Tensors`; None: nothing is."""
+        return None
+
     def close(self) -> None:
         """Closes all files."""
         for file in self._open.values():
@@ -126,6 +130,11 @@ class HeldFiles(OpenFiles):
     def __init__(self) -> None:
         super().__init__()
         self._held: dict[tuple[Path, str], np.ndarray] = {}
+        self._memories: dict[str, dict[Any, Any]] = {}
+
+    def memory_of(self, name: str) -> dict[Any, Any] | None:
+        """See `OpenFiles.memory_of`."""
+        return self._memories.setdefault(name, {})
 
     def read(self, entry: TensorEntry, start: int, buffer: np.ndarray) -> None:
         """See `OpenFiles.read`."""

@@ -200,6 +200,7 @@ class Tensors:
         seed: for random draws.
         model: all tensors of the models, for methods that need more than one.
         statistics: of each expert, for data-dependent methods; None for an expert without.
+        memory: keeps what methods compute of the inputs alone, for merges of the same inputs with other parameters.
 
     Attributes:
         shape: of each input.
@@ -214,7 +215,9 @@ class Tensors:
         seed: int = 0,
         model: WholeModel | None = None,
         statistics: Sequence[Statistic | None] = (),
+        memory: dict[Any, Any] | None = None,
     ) -> None:
+        self.memory = memory
         self.name, self.base, self.experts, self.seed = name, base, list(experts), seed
         self.statistics = list(statistics)
         self.model = model or WholeModel(lambda: [self])

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from hf_fusion.merging.engine.tensors import SAMPLE_PIECE, Chunk, Values
 
+SAMPLES = "samples"
+"""Key of the samples in a memory."""
 _MAX_COUNTED = 8
 """Maximum number of frequent values that are counted instead of kept."""
 
@@ -50,13 +52,16 @@ class Threshold:
     ties: int
 
 
-def find_thresholds(tensors: Streamed, counts: Sequence[int], score: Values) -> list[Threshold]:
+def find_thresholds(
+    tensors: Streamed, counts: Sequence[int], score: Values, memory: dict[Any, Any] | None = None
+) -> list[Threshold]:
     """The k-th largest score of each expert, exactly.
 
     Args:
         tensors: the data.
         counts: k for each expert, from 0 to the number of elements.
         score: non-negative scores (K, size) of a chunk.
+        memory: keeps the samples of these scores for the next call with the same data and scores.
 
     Returns:
         One threshold per expert.
@@ -66,8 +71,11 @@ def find_thresholds(tensors: Streamed, counts: Sequence[int], score: Values) -> 
     wanted = {i: k for i, k in enumerate(counts) if 0 < k <= total}
     if not wanted:
         return [Threshold(math.inf, 0, 0)] * len(counts)
-    sample = np.concatenate([score(chunk).numpy().copy() for chunk in tensors.sample()], 1)
-    searches = {index: _Search(total, k, sample[index]) for index, k in wanted.items()}
+    samples: list[_Sample] = [] if memory is None else memory.setdefault(SAMPLES, [])
+    if not samples:
+        sampled = np.concatenate([score(chunk).numpy().copy() for chunk in tensors.sample()], 1)
+        samples += [_Sample(row) if memory is None else _SortedSample(row) for row in sampled]
+    searches = {index: _Search(total, k, samples[index]) for index, k in wanted.items()}
     while searches:
         for chunk in tensors.chunks():
             values = score(chunk).numpy()
@@ -76,6 +84,54 @@ def find_thresholds(tensors: Streamed, counts: Sequence[int], score: Values) -> 
         found |= {index: threshold for index, search in searches.items() if (threshold := search.result())}
         searches = {index: search for index, search in searches.items() if index not in found}
     return [found.get(index, Threshold(math.inf, 0, 0)) for index in range(len(counts))]
+
+
+class _Sample:
+    """A sample of non-negative values.
+
+    Args:
+        values: in the order of the data.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self._pieces = range(SAMPLE_PIECE, len(values), SAMPLE_PIECE)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def at_rank(self, rank: int) -> float:
+        """The value at a rank, 0 for the smallest."""
+        return _value_at_rank(self.values, rank)
+
+    def shares_above(self, value: float) -> list[float]:
+        """The share of larger values in each piece."""
+        return [np.count_nonzero(piece > value) / len(piece) for piece in np.split(self.values, self._pieces)]
+
+    def between(self, low: float, high: float) -> np.ndarray:
+        """The values from low to high, both included."""
+        return self.values[(self.values >= low) & (self.values <= high)]
+
+
+class _SortedSample(_Sample):
+    """A sample that is used several times."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(values)
+        self._sorted = np.sort(values)
+        whole = len(values) // SAMPLE_PIECE * SAMPLE_PIECE
+        self._equal, self._rest = values[:whole].reshape(-1, SAMPLE_PIECE), values[whole:]
+
+    def at_rank(self, rank: int) -> float:
+        return float(self._sorted[rank])
+
+    def shares_above(self, value: float) -> list[float]:
+        shares = (np.count_nonzero(self._equal > value, axis=1) / SAMPLE_PIECE).tolist()
+        return shares + ([np.count_nonzero(self._rest > value) / len(self._rest)] if len(self._rest) else [])
+
+    def between(self, low: float, high: float) -> np.ndarray:
+        first, last = np.searchsorted(self._sorted, low), np.searchsorted(self._sorted, high, side="right")
+        return self._sorted[first:last]
 
 
 class _Search:
@@ -87,7 +143,7 @@ class _Search:
         sample: of the values.
     """
 
-    def __init__(self, total: int, k: int, sample: np.ndarray) -> None:
+    def __init__(self, total: int, k: int, sample: _Sample) -> None:
         self.total, self.k, self.sample = total, k, sample
         self.width = 6.0  # of the bracket to each side, in standard errors
         self._set_bracket()
@@ -97,16 +153,13 @@ class _Search:
         sample = self.sample
         share, size = self.k / self.total, len(sample)
         # elements of a piece are correlated: the standard error is estimated from the differences between pieces
-        middle = _value_at_rank(sample, max(0, size - 1 - int(share * size)))
-        shares = [
-            np.count_nonzero(piece > middle) / len(piece)
-            for piece in np.split(sample, range(SAMPLE_PIECE, size, SAMPLE_PIECE))
-        ]
+        middle = sample.at_rank(max(0, size - 1 - int(share * size)))
+        shares = sample.shares_above(middle)
         width = self.width * (np.std(shares) / math.sqrt(len(shares)) * size + 1)
         first, last = math.floor(share * size - width), math.ceil(share * size + width)  # 0 is the largest
-        self.low = _value_at_rank(sample, size - 1 - last) if last < size else 0.0
-        self.high = _value_at_rank(sample, size - 1 - first) if first >= 0 else math.inf
-        values, counts = np.unique(sample[(sample >= self.low) & (sample <= self.high)], return_counts=True)
+        self.low = sample.at_rank(size - 1 - last) if last < size else 0.0
+        self.high = sample.at_rank(size - 1 - first) if first >= 0 else math.inf
+        values, counts = np.unique(sample.between(self.low, self.high), return_counts=True)
         most = np.argsort(counts)[-_MAX_COUNTED:]
         # frequent values, which are counted instead of kept
         self.frequent = {float(values[i]): 0 for i in most if counts[i] > size / 100}
