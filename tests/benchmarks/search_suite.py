@@ -50,6 +50,7 @@ class Measured:
         self.method = args.method
         self.setup = MergingSetup(load_suite(args.suite), args.data, args.limit, args.rows)
         self.states = [dict(state) for state in self.setup.states]  # task vectors are added to the base once
+        self.memory: dict[str, dict[Any, Any]] = {}
         self.tasks = self.setup.names
         for task in self.tasks:  # encoded before time is taken
             self.setup.task_rows(task, CLEAN, FIT)
@@ -57,7 +58,7 @@ class Measured:
 
     def merged(self, **parameters: float) -> dict[str, torch.Tensor]:
         """The merge with some parameters."""
-        return merge_states(self.method, self.setup.base, self.states, **parameters)
+        return merge_states(self.method, self.setup.base, self.states, memory=self.memory, **parameters)
 
     def scores(self, state: Mapping[str, torch.Tensor], split: str, first: int = 0, last: int | None = None) -> Scores:
         """Scores of the rows of each task, for validation rows those from `first` to `last` of `count`."""
