@@ -130,7 +130,7 @@ def static(setup: MergesAdapters, holdout: Holdout, seed: int, method: str, **pa
         raise NotApplicable(
             f"{row.title} decomposes matrices and averages all other weights; these models have no matrices"
         )
-    given = {"statistics": _statistics(setup, holdout, row.statistics, seed)} if row.statistics else {}
+    given: dict[str, Any] = {"statistics": _statistics(setup, holdout, row.statistics, seed)} if row.statistics else {}
     state = merge_states(method, setup.base, fused, seed=seed, **given, **parameters)
     return _scalable(setup, state, {name: row.parameters[name].default for name in row.parameters} | parameters)
 

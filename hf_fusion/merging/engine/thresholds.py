@@ -126,7 +126,7 @@ class _SortedSample(_Sample):
         return float(self._sorted[rank])
 
     def shares_above(self, value: float) -> list[float]:
-        shares = (np.count_nonzero(self._equal > value, axis=1) / SAMPLE_PIECE).tolist()
+        shares: list[float] = (np.count_nonzero(self._equal > value, axis=1) / SAMPLE_PIECE).tolist()
         return shares + ([np.count_nonzero(self._rest > value) / len(self._rest)] if len(self._rest) else [])
 
     def between(self, low: float, high: float) -> np.ndarray:
