@@ -331,6 +331,7 @@ OTHERWISE = {
     "merging/engine/output.py": "what it writes, and its lock",
     "publishing/push_gates.py": "a README that the client has fetched",
     "publishing/plan.py": "a README that the client has fetched",
+    "publishing/space.py": "the apps that come with the package",
 }
 
 
