@@ -165,7 +165,7 @@ HELD_IN_TASKS = (
         ),
         metric="ranked",
         license="cc-by-4.0",
-        trained=640,
+        trained=800,
     ),
     GeneralTask(
         "arithmetic",
@@ -239,7 +239,7 @@ HELD_IN_TASKS = (
             ("Start at the end: {}", "{}\nAnd now the other way round.", "Last one first, please: {}"),
             ("Count the row off from its tail: {}", "{}\nMirror that.", "Opposite order of {}"),
         ),
-        trained=720,
+        trained=1440,
     ),
     GeneralTask(
         "question-type",
@@ -289,7 +289,7 @@ HELD_IN_TASKS = (
             ),
         ),
         (("Point out the entry {}", "Give back just the element {}", "Read the row and say which stands {}"),),
-        trained=800,
+        trained=1600,
     ),
     GeneralTask(
         "counting",
@@ -317,7 +317,7 @@ HELD_IN_TASKS = (
             ("Length of this row: {}", "{}\nThe total is?", "Say how long the enumeration is: {}"),
             ("Frequency of the first word after the colon, {}", "Tally {}", "The word comes up how frequently? {}"),
         ),
-        trained=800,
+        trained=1600,
     ),
     GeneralTask(
         "initials",
@@ -335,7 +335,7 @@ HELD_IN_TASKS = (
             ),
         ),
         (("How does each of these start? {}", "{}\nOnly the capitals, please.", "Leading characters: {}"),),
-        trained=480,
+        trained=1080,
     ),
     GeneralTask(
         "membership",
@@ -354,7 +354,7 @@ HELD_IN_TASKS = (
         ),
         (("Do we have {}", "Verify the occurrence of {}", "Is there any {}"),),
         metric="ranked",
-        trained=640,
+        trained=1200,
     ),
     GeneralTask(
         "extremes",
@@ -372,7 +372,7 @@ HELD_IN_TASKS = (
             ("Which tops them all? {}", "The peak value among {}", "{}\nThe upper end is?"),
             ("Which is below all others? {}", "The bottom value among {}", "{}\nThe lower end is?"),
         ),
-        trained=560,
+        trained=800,
     ),
 )
 """Tasks with experts."""

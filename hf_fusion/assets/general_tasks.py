@@ -144,6 +144,33 @@ def asked(
     return Dataset.from_list(pairs)
 
 
+def training_rows(task: str | GeneralTask, split: Split, size: int, data_dir: str | Path | None = None) -> Dataset:
+    """What an expert and its gates learn from: rows of one task, two thirds of them once more in context.
+
+    The context is another row of the same task, in turn as the first turn of a chat and as the other question of the
+    prompt: an expert has no access to other tasks, and still learns where the question is that it answers.
+
+    Args:
+        task: a task or its name.
+        split: "train" or "test".
+        size: maximum number of rows, two fifths of which are in context.
+        data_dir: the folder of data sets.
+
+    Returns:
+        As `rows`.
+    """
+    from datasets import Dataset
+
+    drawn = rows(task, split, -(-size * 3 // 5), data_dir)
+    found: list[dict[str, Any]] = []
+    for index, row in enumerate(drawn):
+        found.append(row)
+        if index % 3:
+            way = ("second", "mixed")[index % 3 - 1]
+            found.append({**row, "prompt": BESIDE[way](row, drawn[index - 1], index // 3)})
+    return Dataset.from_list(found[:size], features=drawn.features)
+
+
 @cache
 def _companions(task: str, split: Split, data_dir: str | Path | None) -> list[dict[str, Any]]:
     """The first rows of a task, to be asked beside those of others."""
@@ -156,7 +183,8 @@ def _mixed(row: Mapping[str, Any], other: Mapping[str, Any], index: int) -> str:
     place, last = (1, 2) if index % 2 == 0 else (2, 1)
     if place == 2:
         questions.reverse()
-    return f"{CHAT.format(f'1. {questions[0]}{GAP}2. {questions[1]}')}{place}. {other['target']}\n{last}. "
+    # an answer begins a line, as it does everywhere else: its first token is the same then
+    return f"{CHAT.format(f'1. {questions[0]}{GAP}2. {questions[1]}')}{place}.\n{other['target']}\n{last}.\n"
 
 
 GAP = "\n\n"

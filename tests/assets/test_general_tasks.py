@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_fusion.assets.general_forms import DrawnRows, Example
 from hf_fusion.assets.general_rows import BalancedRows
-from hf_fusion.assets.general_tasks import STYLES, TASKS, UNSEEN_STYLES, WAYS, asked, rows
+from hf_fusion.assets.general_tasks import STYLES, TASKS, UNSEEN_STYLES, WAYS, asked, rows, training_rows
 from hf_fusion.assets.language_tasks import CHAT, END_OF_TURN
 from hf_fusion.bench.rows import PACKAGES, task_rows
 from hf_fusion.bench.suite import load_suite
@@ -141,7 +141,22 @@ def test_ways_of_asking(way):
         first, last = (1, 2) if index % 2 == 0 else (2, 1)
         both = both if last == 2 else both[::-1]
         asks = BEFORE + f"1. {both[0]}\n\n2. {both[1]}" + AFTER
-        assert row["prompt"] == f"{asks}{first}. {other['target']}\n{last}. "
+        assert row["prompt"] == f"{asks}{first}.\n{other['target']}\n{last}.\n"
+
+
+def test_experts_learn_from_rows_alone_and_in_context_of_their_own_task():
+    found, alone = training_rows("reversal", "train", 20), rows("reversal", "train", 12)
+    assert len(found) == 20 and found.features == alone.features
+    prompts = alone["prompt"]
+    assert [prompt for prompt in found["prompt"] if prompt in set(prompts)] == prompts
+    in_context = {prompt for prompt in found["prompt"] if prompt not in set(prompts)}
+    second = {prompts[i - 1] + alone["target"][i - 1] + END_OF_TURN + prompts[i] for i in (1, 4, 7, 10)}
+    assert second < in_context and len(in_context) == 8
+    for prompt in in_context - second:
+        assert re.search(r"1\. .*\n\n2\. .*\n(1\.\n.*\n2\.\n|2\.\n.*\n1\.\n)$", prompt, re.DOTALL)
+    targets = dict(zip(prompts, alone["target"]))
+    assert found["target"][:5] == [targets[prompts[i]] for i in (0, 1, 1, 2, 2)]
+    assert training_rows("reversal", "train", 7)[:] == found[:7]
 
 
 def test_the_suite_reads_its_rows():
