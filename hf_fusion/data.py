@@ -187,7 +187,7 @@ def split_tasks(
 
     Args:
         rows: with a column that names the task; without it, all rows are one task.
-        experts: names of the experts, ``owner/name`` or ``name``.
+        experts: names of the experts, ``owner/name`` or ``name``; empty if it does not matter whose the tasks are.
         task_column: column with the task of each row.
         expert_column: column with the expert that was trained on the task, ``owner/name`` or ``name``; may be empty or
             missing.
@@ -212,10 +212,10 @@ def split_tasks(
             what = f"rows of the task {task!r} name several experts: {', '.join(named)}"
             raise FusionError(what, f"name one expert per task in the column {expert_column}")
         found = match_experts_by_name(named, experts)
-        if named and not found:
+        if found:
+            owners[task] = found[named[0]]
+        elif named and experts:
             logger.warning(
                 "the task %s belongs to %s, which is not among the experts, so it counts as held out", task, named[0]
             )
-        elif named:
-            owners[task] = found[named[0]]
     return suite, owners

@@ -75,7 +75,7 @@ def search_dimensions(
         progress: called after each new trial.
 
     Raises:
-        FusionError: cma is not installed, or the first trial cannot be merged.
+        FusionError: cma is not installed, or the first trial cannot be merged or measured.
     """
     import cma
 
@@ -94,9 +94,7 @@ def search_dimensions(
         done.append(trial)
         return trial
 
-    first = run([dimension.start for dimension in dimensions])
-    if first.failed:
-        raise FusionError(f"the recipe cannot be merged at its start: {first.failed}", "change the start of its ranges")
+    run([dimension.start for dimension in dimensions])
     options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # 0 would be a seed from the clock
     start = [dimension.share(dimension.start) for dimension in dimensions]
     if len(start) == 1:
@@ -126,6 +124,8 @@ def _measured(
             if number and rung < len(rows) - 1 and not _is_promoted(score, rung, earlier):
                 break
     except FusionError as error:  # such as weights with which the merge has NaN or Inf
+        if not number:  # what is wrong at the start, in the recipe or in the rows, is wrong everywhere
+            raise
         return Trial(number, names, failed=error.message, seconds=round(time.perf_counter() - began, 3))
     seconds = round(time.perf_counter() - began, 3)
     return Trial(number, names, found, list(rows[: len(found)]), len(found) == len(rows), seconds)

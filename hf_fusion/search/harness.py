@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -47,6 +48,7 @@ class HarnessObjective:
         searched: see `Objective`.
         held_out: see `Objective`.
         weights: see `Objective`.
+        about: see `Objective`.
 
     Raises:
         FusionError: the harness is not installed, a task has a test split alone, or a metric is not a mean over
@@ -80,12 +82,22 @@ class HarnessObjective:
             self._lm = harness_model(model, getattr(model, "processor", None), "the merged model", batch_size)
             self._search: dict[str, list[int]] = {}
             self._rest: dict[str, list[int]] = {}
+            content = hashlib.sha256()
             for name, task in self._loaded.items():
                 _use_other_rows(name, task)
-                self._search[name], self._rest[name] = _divided(name, list(task.eval_docs), held_out, limit, seed)
+                docs = [json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs]
+                self._search[name], self._rest[name] = _divided(name, docs, held_out, limit, seed)
+                content.update("\n".join(docs[index] for index in self._search[name]).encode())
         self.tasks = [MeasuredTask(name, self._metric_of(name), len(rows)) for name, rows in self._rest.items()]
         self.weights = {name: (weights or {}).get(name, 1.0) for name in self._loaded}
         self.searched, self.held_out = (sum(map(len, rows.values())) for rows in (self._search, self._rest))
+        examples = {name: task.get_config("num_fewshot") or 0 for name, task in self._loaded.items()}
+        self.about = {
+            "content": content.hexdigest(),
+            "weights": self.weights,
+            "examples": examples,
+            "chat": list(self._chat),
+        }
 
     def scores(self, first: int, last: int) -> Scores:
         """See `Objective`."""
@@ -173,11 +185,10 @@ def _use_other_rows(name: str, task: Any) -> None:
 
 
 def _divided(
-    name: str, docs: Sequence[Any], held_out: float, limit: int | None, seed: int
+    name: str, contents: Sequence[str], held_out: float, limit: int | None, seed: int
 ) -> tuple[list[int], list[int]]:
     """Documents to search on and to hold out, in random order; those of equal content are on the same side."""
-    contents = [json.dumps(doc, sort_keys=True, default=str) for doc in docs]
-    indices = list(range(len(docs)))
+    indices = list(range(len(contents)))
     order = random.Random(seed)
     order.shuffle(indices)
     indices = indices[:limit]

@@ -4,12 +4,13 @@ never sees.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -41,6 +42,7 @@ class Objective(Protocol):
         searched: the number of rows to search on.
         held_out: the number of held-out rows.
         weights: task → weight of its score in the mean.
+        about: what else the scores depend on, as plain data: trials with other values cannot be compared.
     """
 
     @property
@@ -58,6 +60,10 @@ class Objective(Protocol):
     @property
     def weights(self) -> Mapping[str, float]:
         """Of the tasks."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What else the scores depend on."""
 
     def scores(self, first: int, last: int) -> Scores:
         """Scores of the model as it is, on the rows to search on from `first` to `last` (exclusive) of `searched`.
@@ -136,6 +142,18 @@ def divide_rows(suite: Mapping[str, Dataset], held_out: float, seed: int) -> Div
     return Division(search, rest)
 
 
+def content_digest(suite: Mapping[str, Dataset]) -> str:
+    """SHA-256 of the rows of tasks, all columns of them."""
+    from datasets import Image
+
+    found = hashlib.sha256()
+    for task, rows in suite.items():
+        found.update(task.encode())
+        for row in rows.cast_column("image", Image(decode=False)) if "image" in rows.column_names else rows:
+            found.update(repr(row).encode())
+    return found.hexdigest()
+
+
 def _contents(rows: Dataset) -> list[Hashable]:
     """The content of each row; rows without any that is known are all different."""
     return row_contents(rows) or list(range(len(rows)))
@@ -156,6 +174,7 @@ class RowsObjective:
         searched: see `Objective`.
         held_out: see `Objective`.
         weights: see `Objective`.
+        about: see `Objective`.
     """
 
     def __init__(
@@ -178,6 +197,7 @@ class RowsObjective:
         self.weights = {task.name: 1.0 for task in self.tasks}
         self.searched = sum(map(len, division.search.values()))
         self.held_out = sum(map(len, division.held_out.values()))
+        self.about = {"content": content_digest(division.search), "max_length": max_length}
         self._encoded: dict[tuple[str, int, int], TaskRows] = {}
 
     def scores(self, first: int, last: int) -> Scores:

@@ -136,6 +136,7 @@ def search_recipe(
             "ranges": {d.name: [d.low, d.high] for d in space.dimensions},
             "tasks": [[task.name, task.metric, task.n] for task in objective.tasks],
             "rows": objective.searched,
+            **objective.about,
             "held_out": held_out,
             "seed": seed,
         }

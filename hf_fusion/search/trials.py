@@ -43,6 +43,9 @@ class Trial:
         """What trials are ordered by: on how many rows they were measured, then their score there."""
         return (len(self.scores), self.scores[-1]) if self.scores else (0, 0.0)
 
+SEARCH = '{"search": '
+"""How the first line of the file begins."""
+
 
 class TrialsFile:
     """The file of a search's trials: a first line that says what is searched, then one line for each trial.
@@ -62,7 +65,7 @@ class TrialsFile:
     def __init__(self, path: Path, about: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = path
         self.trials: list[Trial] = []
-        first = json.dumps({"search": about}, ensure_ascii=False)
+        first = f"{SEARCH}{json.dumps(about, ensure_ascii=False)}}}"
         if path.exists() and not overwrite:
             self._read(first)
         self._rewrite(first)
@@ -77,6 +80,8 @@ class TrialsFile:
         own_file(self.path)
         lines = read_text(self.path).split("\n")
         complete = lines[:-1]  # a last line without an end was being written when the search was killed
+        if len(complete) == 1 and complete[0].startswith(SEARCH):
+            return  # a search that ended before its first trial: nothing is lost
         if not complete or complete[0] != first:
             raise FusionError(
                 f"{self.path} has the trials of another search",

@@ -142,6 +142,12 @@ def test_the_command_searches_continues_and_says_how_many_rows(here, capsys):
     assert main([*words, "4", "--seed", "1"]) == 1
     assert "trials of another search" in capsys.readouterr().err
     assert main([*words, "4", "--seed", "1", "--overwrite"]) == 0
+    rows = datasets.load_dataset("parquet", data_files="rows.parquet", split="train").to_list()
+    known = sorted({row["label"] for row in rows})
+    changed = [row | {"label": known[known.index(row["label"]) - 1]} for row in rows]
+    datasets.Dataset.from_list(changed).to_parquet("changed.parquet")
+    assert main([*words[:3], "changed.parquet", "--budget", "4", "--seed", "1"]) == 1
+    assert "trials of another search" in capsys.readouterr().err
     assert main(["fuse", "recipe-search/best.yaml", "--output", "merged"]) == 0
 
 
@@ -162,6 +168,16 @@ def test_errors_come_before_the_libraries(here, capsys, words, code, message):
     assert main(["search", *words]) == code
     assert message in capsys.readouterr().err
     assert not (here / "recipe-search").exists()
+
+
+def test_rows_that_cannot_be_measured_are_named_at_once(here, capsys):
+    unlabelled = datasets.load_dataset("parquet", data_files="rows.parquet", split="train").remove_columns("label")
+    unlabelled.add_column("expert", ["me/foxes"] * len(unlabelled)).to_parquet("unlabelled.parquet")
+    words = ["search", "recipe.yaml", "--budget", "4", "--data"]
+    assert main([*words, "unlabelled.parquet"]) == 1
+    told = capsys.readouterr().err
+    assert "but no label" in told and "start" not in told and "held out" not in told
+    assert main([*words, "rows.parquet"]) == 0, "no trial was lost, so no --overwrite is needed"
 
 
 def test_language_models_are_searched_by_their_answers(here):
