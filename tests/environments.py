@@ -18,7 +18,12 @@ def requirements() -> list[str]:
 
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return project["dependencies"] + [f'{line} ; extra == "{extra}"' for extra in extras for line in extras[extra]]
+    found = list(project["dependencies"])
+    for extra, lines in extras.items():
+        for line in lines:
+            name, _, marker = line.partition(";")
+            found.append(f'{name} ; {f"({marker.strip()}) and " * bool(marker)}extra == "{extra}"')
+    return found
 
 
 def environment(folder: Path, *without: str) -> dict[str, str]:

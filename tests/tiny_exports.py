@@ -36,13 +36,13 @@ def wemoe(**options) -> WEMoEModel:
     return model
 
 
-def router(**options) -> PhatgooseRouter:
-    base, experts = llama(), []
+def router(vocabulary: int = 300, tokenizer=None, **options) -> PhatgooseRouter:
+    base, experts = llama(vocabulary=vocabulary), []
     for k in range(2):
         own = adapter(base, 3 + k, None, k, ["q_proj", "v_proj"])
         generator = torch.Generator().manual_seed(k)
         gates = Gates({path: torch.randn(a.shape[1], generator=generator) for path, (a, _) in own.lora.items()})
-        experts.append(Expert(f"me/lora-{k}", base, own, make_tokenizer(), gates=gates))
+        experts.append(Expert(f"me/lora-{k}", base, own, tokenizer or make_tokenizer(), gates=gates))
     return PhatgooseRouter.from_experts(experts, **options)
 
 

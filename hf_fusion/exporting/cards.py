@@ -39,7 +39,7 @@ CARD_MARK = "<!-- written by hf-fusion export -->"
 _LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 # metadata of a card that stay true of an export
 _KEPT = ("license", "license_name", "license_link", "language", "base_model")
-_LIBRARIES = {"dense": "transformers", "adapter": "peft"}
+_LIBRARIES = {"dense": "transformers", "adapter": "peft", "gguf": "gguf"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def write_provenance(
     Args:
         staging: with the exported files.
         given: what the model was made from.
-        form: "dense" or "adapter".
+        form: "dense", "adapter" or "gguf".
         sentence: how it was made.
         facts: the experts' weights and the like, as plain data.
         file: the file with the weights.
@@ -149,7 +149,9 @@ def _card(staging: Path, given: Provenance, form: str, sentence: str, file: str)
 
 
 def _task(staging: Path, source: Path) -> str | None:
-    """The task of an exported model."""
+    """The task of an exported model; only language models become GGUF files."""
+    if not (staging / ADAPTER_CONFIG).exists() and not (staging / "config.json").exists():
+        return "text-generation"
     if (staging / ADAPTER_CONFIG).exists():
         head = head_of_adapter(read_json(staging / ADAPTER_CONFIG, str(staging)))
     else:
@@ -167,7 +169,11 @@ def _adapter_usage(staging: Path, file: str) -> str:
     return fenced("from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, FOLDER)", "python")
 
 
-_USAGE = {"dense": _dense_usage, "adapter": _adapter_usage}
+def _gguf_usage(staging: Path, file: str) -> str:
+    return fenced(f"llama-server -m {file}", "sh")
+
+
+_USAGE = {"dense": _dense_usage, "adapter": _adapter_usage, "gguf": _gguf_usage}
 
 
 def keep_hand_written(staging: Path, folder: Path) -> None:

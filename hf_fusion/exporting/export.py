@@ -1,4 +1,4 @@
-"""Exports a fused model to a folder that servers run without this package: a dense model, or an adapter."""
+"""Exports a fused model to a folder that servers run without this package: a dense model, an adapter, a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from hf_fusion.errors import FusionError, writing
+from hf_fusion.errors import FusionError, suggestion, writing
 from hf_fusion.exporting.cards import Provenance, keep_hand_written, read_provenance, write_provenance
 from hf_fusion.exporting.dense import Dense, dense_model, expert_weights
+from hf_fusion.exporting.gguf_file import (
+    EXTRA,
+    OF_DTYPE,
+    QUANTIZATIONS,
+    check_architecture,
+    lazy_tensors,
+    write_gguf,
+)
+from hf_fusion.extras import need
 from hf_fusion.families import FAMILIES, STALE
 from hf_fusion.fusion import load_fused
+from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.io.folders import MODEL, recover_folder, refuse_to_replace, replace_folder
 from hf_fusion.io.json_files import read_json
 from hf_fusion.merging.engine.output import explain_disk_errors
@@ -31,7 +42,7 @@ from hf_fusion.progress import phase
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMS = ("dense", "adapter")
+FORMS = ("dense", "adapter", "gguf")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Export:
 
     Attributes:
         folder: what was written.
-        form: "dense" or "adapter".
+        form: one of `FORMS`.
         file: the file with the weights, or the first of several.
         tensors: their number, all of them read back and compared.
         nbytes: their size in the files.
@@ -73,6 +84,7 @@ def export(
     task: str | None = None,
     rows: Dataset | None = None,
     rank: int | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
 ) -> Export:
     """Exports a fused model to a folder that servers run without this package and without custom code.
@@ -81,6 +93,9 @@ def export(
       coefficients of rows. A PHATGOOSE router's base gets the update of one expert, the experts' mean weighted by their
       use on rows, or by default their plain mean. Of a Fusion of Experts one expert is exported.
     - "adapter": the same of a PHATGOOSE router, as a PEFT adapter; a mean has the sum of the experts' ranks.
+    - "gguf": the dense model, a static merge, or any other language model in a folder, as a file for llama.cpp and what
+      is built on it; classes of `hf_fusion.exporting.gguf_file.ARCHITECTURES`. Models in folders are read tensor by
+      tensor.
 
     Files are read back before the folder appears. ``export.json`` and the card say what the model was made from, with
     commits; the licence is that of the model's card or of its experts. No code of the model's folder runs.
@@ -93,6 +108,8 @@ def export(
         rows: instead of a task, rows with the model's inputs (``prompt``, ``text``, ``image``) that determine the
             weights of the experts. Of a WEMoE of classifiers, a task may choose the head as well.
         rank: for an adapter, the rank to which it is truncated by SVD; by default it is exact.
+        quantize: for GGUF, the type of the weights, one of `hf_fusion.exporting.gguf_file.QUANTIZATIONS`; by default
+            they stay what they are.
         overwrite: whether to replace a model in the folder.
 
     Returns:
@@ -101,17 +118,19 @@ def export(
     Raises:
         FusionError: the model cannot become this form, an argument does not go with it, or a file cannot be read or
             written.
+        MissingLibraryError: gguf is not installed.
     """
     began = time.perf_counter()
     source, folder = Path(model), Path(folder).resolve()
-    _check_arguments(to, rank)
+    _check_arguments(to, rank, quantize)
     recover_folder(folder)
     if folder == source.resolve() or source.resolve() in folder.parents or folder in source.resolve().parents:
         raise FusionError(f"the output {folder} overlaps the model {source}", "choose another --output")
     refuse_to_replace(folder, overwrite)
     found = _open(source, to, task, rows)
     with _staging(folder) as staging:
-        made = _WRITERS[to](found, staging, folder.name, {"task": task, "rows": rows, "rank": rank})
+        given = {"task": task, "rows": rows, "rank": rank, "quantize": quantize}
+        made = _WRITERS[to](found, staging, folder.name, given)
         facts = write_provenance(staging, found.provenance, to, made.sentence, made.facts, made.file)
         keep_hand_written(staging, folder)
         replace_folder(staging, folder, (*STALE, *MODEL))
@@ -119,18 +138,29 @@ def export(
     return Export(folder, to, made.file, made.tensors, made.nbytes, made.sentence, seconds, made.warnings, facts)
 
 
-def _check_arguments(to: str, rank: int | None) -> None:
+def _check_arguments(to: str, rank: int | None, quantize: str | None) -> None:
     if to not in FORMS:
         raise FusionError(f"{to!r} is not a form of export", f"one of {', '.join(FORMS)}")
     if rank is not None and to != "adapter":
         raise FusionError("a rank goes with an adapter", "omit --rank, or write --to adapter")
+    if quantize is not None and to != "gguf":
+        raise FusionError("a quantization goes with GGUF", "omit --quantize, or write --to gguf")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise FusionError(f"{quantize!r} is not a quantization of GGUF", suggestion(quantize, QUANTIZATIONS))
+    if to == "gguf":
+        need(EXTRA, "hf-fusion export --to gguf")
 
 
 @dataclass
 class _Source:
-    """A loaded model, and what it was made from."""
+    """A model, and what it was made from.
 
-    model: PreTrainedModel
+    Attributes:
+        model: loaded; None where a dense model is read from its folder tensor by tensor.
+        provenance: of its folder.
+    """
+
+    model: PreTrainedModel | None
     provenance: Provenance
 
 
@@ -150,6 +180,11 @@ def _open(source: Path, to: str, task: str | None, rows: Dataset | None) -> _Sou
     """Reads a model, and refuses what cannot become this form."""
     config = read_json(source / "config.json", str(source)) if (source / "config.json").is_file() else None
     if config is not None and config.get("model_type") not in FAMILIES:
+        if to == "gguf":
+            if task is not None or rows is not None:
+                raise FusionError(f"{source} is a dense model: it has no experts to choose", "omit --task and --input")
+            check_snapshot(source, str(source))
+            return _Source(None, read_provenance(source))
         hint = f"hf-fusion extract-lora {source} --base BASE --rank 16" if to == "adapter" else "use it as it is"
         raise FusionError(f"{source} is a dense model already", hint)
     model, _ = load_fused(source)
@@ -179,6 +214,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _dense(found: _Source, task: str | None, rows: Dataset | None) -> Dense:
+    assert found.model is not None
     if isinstance(found.model, FusedPreTrainedModel):
         return dense_model(found.model, task, rows)
     processor = getattr(found.model, "processor", None)
@@ -271,6 +307,36 @@ def _adapter_error(router: PhatgooseRouter, weights: Mapping[str, float], folder
     return (lost / norm) ** 0.5 if norm else 0.0
 
 
-_WRITERS = {"dense": _write_dense, "adapter": _write_adapter}
+# ---------------------------------------------------------------- GGUF
+
+
+def _write_gguf(found: _Source, staging: Path, name: str, given: Mapping[str, Any]) -> _Made:
+    if found.model is None:
+        source = found.provenance.folder
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        check_architecture(next(iter(config.architectures or ["a model without a class"])))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        tensors, sentence, facts = lazy_tensors(source), "The weights of a dense model.", dict[str, Any]()
+    else:
+        dense = _dense(found, given["task"], given["rows"])
+        config, tokenizer, sentence, facts = dense.model.config, dense.processor, dense.sentence, dense.facts
+        check_architecture(type(dense.model).__name__)
+        config.architectures = [type(dense.model).__name__]
+        tensors = {key: partial(_given, tensor) for key, tensor in dense.model.state_dict().items()}
+    quantization = given["quantize"] or OF_DTYPE[next(iter(tensors.values()))().dtype]
+    name = found.provenance.folder.resolve().name
+    file = staging / f"{name}-{quantization}.gguf"
+    license = found.provenance.metadata.get("license")
+    about = {"name": name, "description": sentence} | ({"license": license} if isinstance(license, str) else {})
+    written = write_gguf(file, config, tensors, tokenizer, quantization, about)
+    facts = {**facts, "quantization": quantization, "relative_error": written.relative_error}
+    return _Made(file.name, written.tensors, file.stat().st_size, sentence, facts, written.warnings)
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+_WRITERS = {"dense": _write_dense, "adapter": _write_adapter, "gguf": _write_gguf}
 
 __all__ = ["FORMS", "Export", "export"]

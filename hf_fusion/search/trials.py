@@ -43,6 +43,7 @@ class Trial:
         """What trials are ordered by: on how many rows they were measured, then their score there."""
         return (len(self.scores), self.scores[-1]) if self.scores else (0, 0.0)
 
+
 SEARCH = '{"search": '
 """How the first line of the file begins."""
 
