@@ -8,7 +8,8 @@
 #   make test-all  the slow, trained suites as well
 #   make docs      the documentation site, into site/
 #   make notebooks execute examples/0*.py, and keep them with their outputs as notebooks
-#   make bench     the performance measurements
+#   make bench     the performance measurements as one table, beside floors and bars; QUICK=1: under 5 minutes
+#   make bench-hub the embedded Hub under load, and discovery among thousands of repos
 #   make numbers ONLY=NAME DATA=DIR   measure one source of README's figures again, and write them; without ONLY all: hours
 #   make numbers-render               write README, cards and docs/numbers.md from the measurements that are there
 #   make spaces    give each Space its copies of spaces/_shared
@@ -33,7 +34,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile -n
 # The whole suite waits for processes, pages and disks for a third of its time: one test process more uses it.
 MORE_WORKERS = $$(($(WORKERS) + 1))
 
-.PHONY: demo docs notebooks test suite fast check test-cpus test-all bench numbers numbers-render spaces peers constraints
+.PHONY: demo docs notebooks test suite fast check test-cpus test-all bench bench-hub numbers numbers-render spaces peers constraints
 
 demo: $(VENV)/demo-installed
 	$(BIN)/hf-fusion demo
@@ -70,7 +71,9 @@ test-all: check
 	$(PYTEST) $(MORE_WORKERS) -m "" --durations=20
 
 bench: $(VENV)/test-installed
-	$(BIN)/python tests/benchmarks/foe_forward.py
+	$(BIN)/python tests/benchmarks/bench.py $(if $(QUICK),--quick) --output bench.json
+
+bench-hub: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/hub_load.py
 	$(BIN)/python tests/benchmarks/discovery.py
 

@@ -100,6 +100,16 @@ def interleaved(calls: Sequence[Callable[[], object]], repeats: int) -> list[flo
     return best
 
 
+def ratio(build: Callable, count: int, arguments: argparse.Namespace, repeats: int) -> dict[str, float]:
+    """Seconds of FoE and of its experts one after the other, and their ratio."""
+    fused, experts, inputs = build(count, arguments)
+    calls = [functools.partial(model, **inputs) for model in (fused, *experts)]
+    for call in calls:
+        call()
+    times = interleaved(calls, repeats)
+    return {"foe_s": times[0], "sum_of_experts_s": sum(times[1:]), "ratio": times[0] / sum(times[1:])}
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,14 +122,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = {}
     for build in (full_models, images, adapters):
-        fused, experts, inputs = build(arguments.experts, arguments)
-        calls = [functools.partial(model, **inputs) for model in (fused, *experts)]
-        for call in calls:
-            call()
-        times = interleaved(calls, arguments.repeats)
-        ratio = times[0] / sum(times[1:])
-        rows[build.__doc__] = {"foe_s": times[0], "sum_of_experts_s": sum(times[1:]), "ratio": ratio}
-        print(f"{build.__doc__:45} FoE {times[0]:.3f} s, experts {sum(times[1:]):.3f} s, ratio {ratio:.3f}")
+        row = rows[build.__doc__] = ratio(build, arguments.experts, arguments, arguments.repeats)
+        seconds = f"FoE {row['foe_s']:.3f} s, experts {row['sum_of_experts_s']:.3f} s"
+        print(f"{build.__doc__:45} {seconds}, ratio {row['ratio']:.3f}")
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
     found = {"command": f"python {' '.join(sys.argv)}", "machine": machine(), **settings, "rows": rows}
     if arguments.output:

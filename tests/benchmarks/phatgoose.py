@@ -92,14 +92,14 @@ def arrow_of(base: PreTrainedModel, experts: int) -> Any:
         return create_arrow_model(copy.deepcopy(base), paths, ArrowConfig(top_k=2)).eval()
 
 
-def jobs(model: Any, base: PreTrainedModel) -> dict[str, Callable[[], object]]:
+def jobs(model: Any, base: PreTrainedModel, batch: int = BATCH) -> dict[str, Callable[[], object]]:
     """What is timed: a forward, and generations of 1 and of 1 + ANSWER tokens, whose difference is ANSWER steps."""
     generator = torch.Generator().manual_seed(0)
-    inputs = {"input_ids": torch.randint(3, 30000, (BATCH, PROMPT), generator=generator)}
+    inputs = {"input_ids": torch.randint(3, 30000, (batch, PROMPT), generator=generator)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     forward = dict(inputs)
     if base.config.is_encoder_decoder:
-        forward["decoder_input_ids"] = torch.randint(3, 30000, (BATCH, ANSWER), generator=generator)
+        forward["decoder_input_ids"] = torch.randint(3, 30000, (batch, ANSWER), generator=generator)
 
     def generate(tokens: int) -> Callable[[], object]:
         return lambda: model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
@@ -122,12 +122,12 @@ def measure(systems: Mapping[str, dict[str, Callable[[], object]]], repeats: int
     }
 
 
-def ratios(base: PreTrainedModel, experts: int, with_arrow: bool, repeats: int) -> dict[str, Any]:
+def ratios(base: PreTrainedModel, experts: int, with_arrow: bool, repeats: int, batch: int = BATCH) -> dict[str, Any]:
     """One row of the table."""
     router = router_of(base, experts)
-    systems = {"base": jobs(base, base), "router": jobs(router, base)}
+    systems = {"base": jobs(base, base, batch), "router": jobs(router, base, batch)}
     if with_arrow:
-        systems["arrow"] = jobs(arrow_of(base, experts), base)
+        systems["arrow"] = jobs(arrow_of(base, experts), base, batch)
     with torch.no_grad():
         times = measure(systems, repeats)
     row: dict[str, Any] = {"experts": experts, "floor": router.summary()["relative_cost"]}

@@ -26,7 +26,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_fusion import WEMoEConfig, WEMoEForGeneration, WEMoEModel
 from hf_fusion.evaluation.machine import machine
@@ -144,8 +152,10 @@ def report(name: str, batch: int, ratio: float, dense: float) -> dict[str, Any]:
     return row
 
 
-def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int) -> list[dict[str, Any]]:
-    """The table: forwards of every storage, and a step of exact task vectors."""
+def forwards(
+    storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int, steps: bool = True
+) -> list[dict[str, Any]]:
+    """The table: forwards of every storage, and with `steps` a step of exact task vectors."""
     base = vit_b32()
     models = {storage: fused(base, "features", experts, storage) for storage in storages}
     head = torch.randn(768, CLASSES, generator=torch.Generator().manual_seed(2))
@@ -158,7 +168,7 @@ def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repe
             times = measure(jobs, repeats)
         for storage in storages:
             rows.append(report(storage, batch, times[storage] / times["dense"], times["dense"]))
-        if batch > 1:
+        if steps and batch > 1:
             systems = {"dense": base, "exact": models["exact"]} if "exact" in models else {}
             times = measure({name: step(m, pixels, head) for name, m in systems.items()}, max(2, repeats // 2))
             if times:
@@ -166,9 +176,10 @@ def forwards(storages: Sequence[str], batches: Sequence[int], experts: int, repe
     return rows
 
 
-def decoding(storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int) -> None:
+def decoding(storages: Sequence[str], batches: Sequence[int], experts: int, repeats: int) -> list[dict[str, Any]]:
     """Seconds per step after the prompt, against the dense model."""
     base = smollm2()
+    rows: list[dict[str, Any]] = []
     for storage in storages:
         model = fused(base, "causal-lm", experts, storage)
         for batch in batches:
@@ -188,7 +199,7 @@ def decoding(storages: Sequence[str], batches: Sequence[int], experts: int, repe
             }
             times = measure(jobs, repeats)
             per_token = {n: (times[f"{n} {2 + ANSWER}"] - times[f"{n} 2"]) / ANSWER for n in ("dense", storage)}
-            row = {
+            row: dict[str, Any] = {
                 "what": f"{storage} decoding",
                 "batch": batch,
                 "ratio": round(per_token[storage] / per_token["dense"], 3),
@@ -197,6 +208,23 @@ def decoding(storages: Sequence[str], batches: Sequence[int], experts: int, repe
                 "first step ms": round(1000 * (times[f"{storage} 2"] - times[f"{storage} 1"]), 1),
             }
             print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def short_text(batches: Sequence[int], experts: int, repeats: int) -> dict[int, float]:
+    """Batch size -> time of exact task vectors over the dense model's: BERT-base's shape, 32 tokens."""
+    torch.manual_seed(0)
+    base = BertModel(BertConfig()).eval()
+    systems = {"dense": base, "exact": fused(base, "features", experts, "exact")}
+    ratios = {}
+    for batch in batches:
+        words = torch.randint(1000, 30000, (batch, 32), generator=torch.Generator().manual_seed(5))
+        inputs = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+        with torch.no_grad():
+            times = measure({name: partial(model, **inputs) for name, model in systems.items()}, repeats)
+        ratios[batch] = times["exact"] / times["dense"]
+    return ratios
 
 
 def resident(field: str) -> int:
