@@ -3,9 +3,9 @@
     python tests/benchmarks/general_transfer.py --data DIR                    # all experts in the cache
     python tests/benchmarks/general_transfer.py --data DIR --tasks tweet-mood --n 40 --experts FOLDER --output FILE
 
-A candidate is accepted if its best expert is at least 10 points above the base. Rows are those of the candidates' train
-splits, which neither an expert nor a test has. Writes results/general_transfer.json, and takes what it already holds as
-measured; an expert takes about two minutes of one core.
+A candidate is accepted if its best expert is at least 10 points above the base, with an interval above 0. Rows are
+those of the candidates' train splits, which neither an expert nor a test has. Writes results/general_transfer.json, and
+takes what it already holds as measured; an expert takes about two minutes of one core.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def verdict(scores: dict[str, list[float]]) -> dict[str, Any]:
         "score": means[best],
         "lead": mean,
         "ci95": [mean - half, mean + half],
-        "accepted": mean >= LEAST,
+        "accepted": mean >= LEAST and mean - half > 0,
         "experts": {name: means[name] for name in means if name != BASE},
     }
 

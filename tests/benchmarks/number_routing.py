@@ -83,19 +83,6 @@ def _renamed(run: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**run, "systems": systems}
 
 
-def general_table(read: Read) -> str:
-    """The held-out tasks of smollm-general that an expert helps on, and those that none does."""
-    rows = []
-    found = sorted(read[0]["tasks"].items(), key=lambda pair: -pair[1]["lead"])
-    for name, task in found:
-        if task["accepted"]:
-            lead = f"{percent(task['lead'])} {within(task['ci95'])}"
-            rows.append([name, str(task["n"]), percent(task["base"]), task["best"], percent(task["score"]), lead])
-    failed = ", ".join(f"{name} ({100 * task['lead']:+.1f})" for name, task in found if not task["accepted"])
-    columns = ["held-out task", "n", "base", "best expert", "its score", "lead in points"]
-    return f"{table(columns, rows)}\n\nNot accepted, with the lead of the best expert: {failed}."
-
-
 def phatgoose_minilm_phrases(read: Read) -> list[str]:
     """All kinds of gates on MiniLM's classifiers."""
     gaussian, plain, whitened = (scored(Results.from_dict(file)["PHATGOOSE"].means[HELD_IN]) for file in read)

@@ -18,6 +18,7 @@ from hf_fusion.bench.cells import read_cells
 from hf_fusion.bench.pages import README_SECTION, readme_block
 
 sys.path.append(str(Path(__file__).parent))
+import number_general as general
 import number_routing as routing
 import number_tables as tables
 from number_tables import Read
@@ -67,11 +68,11 @@ def demo(name: str, rows: str, minutes: int, **shown: Any) -> Source:
 
 SOURCES = {
     "headline": Source(
-        ("docs/results.json", "model_cards/phatgoose.json", f"{MEASURED}/wemoe_minilm8.json"),
+        ("docs/results.json", "model_cards/phatgoose.json", f"{MEASURED}/wemoe_minilm8.json", "results"),
         (),
-        "first seeds of demo-foe, demo-phatgoose and wemoe-suites, which have the commands",
+        "first seeds of demo-foe, demo-phatgoose, general-text and wemoe-suites, which have the commands",
         0,
-        tables.headline_table,
+        lambda read: tables.headline_table(read[:3], general.headline_row(read[3])),
     ),
     "demo-foe": demo(
         "foe",
@@ -168,12 +169,20 @@ SOURCES = {
     "general-transfer": Source(
         (f"{MEASURED}/general_transfer.json",),
         (
-            "{python} examples/train_smollm2_experts.py --data {data} --suite smollm-general",
+            "{python} examples/train_smollm2_experts.py --data {data} --suite smollm-general --gates",
             f"{BENCHMARKS}/general_transfer.py --data {{data}} --n 50",
         ),
-        "50 validation rows of each candidate, by the experts whose skill is near; one seed",
+        "50 validation rows of each candidate; one seed",
         60,
-        routing.general_table,
+        general.transfer_table,
+    ),
+    "general-text": Source(
+        ("results", f"{MEASURED}/general_transfer.json"),
+        (),
+        "16 test rows of each task in each way of asking; one seed",
+        180,
+        general.scores_table,
+        general.phrases,
     ),
     "phatgoose-minilm": Source(
         tuple(f"{MEASURED}/phatgoose_minilm{name}.json" for name in ("", "_paper", "_whitened")),
@@ -229,7 +238,7 @@ SOURCES = {
     "bench": Source(
         ("results",),
         (),
-        "250 test rows of each task, 24 on smollm-lora, all of rxnfp-2; seeds as the cells tell",
+        "250 test rows of each task, 24 on smollm-lora, 16 on smollm-general, all of rxnfp-2; seeds as the cells tell",
         600,
         lambda read: readme_block(read_cells(read[0])),
         section=README_SECTION,

@@ -43,8 +43,13 @@ def pooled_share(results: Results, name: str) -> float:
 # ---------------------------------------------------------------- README's table of headline results
 
 
-def headline_table(read: Read) -> str:
-    """One row for each family: the fused model, and what it competes with on the same rows."""
+def headline_table(read: Read, general: Sequence[str]) -> str:
+    """One row for each family: the fused model, and what it competes with on the same rows.
+
+    Args:
+        read: the JSON files of the demos and of the suite of fine-tunes.
+        general: the row of the suite with held-out tasks.
+    """
     digits, phatgoose, wemoe = map(Results.from_dict, (read[0], read[1]["results"], read[2]["runs"][0]))
     fused, frugal = digits["FoE"], digits["FoE, frugal"]
     best, ensemble = digits.best("expert"), digits["mean ensemble"]
@@ -65,6 +70,7 @@ def headline_table(read: Read) -> str:
             scored(routed["PHATGOOSE"]),
             f"mean of the adapters {scored(routed['merged'])}, each task's own adapter {scored(routed['oracle'])}",
         ],
+        general,
         [
             "WEMoE: 8 fine-tunes of MiniLM, no labels",
             rows_of[2],
