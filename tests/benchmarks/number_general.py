@@ -105,7 +105,8 @@ def scores_table(read: Read) -> str:
 
 
 def _lead(lead: Score) -> str:
-    return f"{100 * lead.score:+.1f} {within(lead.ci95, 1)}"
+    low, high = lead.ci95
+    return f"{100 * lead.score:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def transfer_table(read: Read) -> str:
