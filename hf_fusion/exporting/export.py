@@ -23,12 +23,14 @@ from hf_fusion.exporting.gguf_file import (
     EXTRA,
     OF_DTYPE,
     QUANTIZATIONS,
+    Source,
     check_architecture,
     lazy_tensors,
     write_gguf,
 )
 from hf_fusion.extras import need
 from hf_fusion.families import FAMILIES, STALE
+from hf_fusion.fused_folders import explain_load_errors
 from hf_fusion.fusion import load_fused
 from hf_fusion.hub.snapshot_checks import check_snapshot
 from hf_fusion.io.folders import MODEL, recover_folder, refuse_to_replace, replace_folder
@@ -313,17 +315,19 @@ def _adapter_error(router: PhatgooseRouter, weights: Mapping[str, float], folder
 def _write_gguf(found: _Source, staging: Path, name: str, given: Mapping[str, Any]) -> _Made:
     if found.model is None:
         source = found.provenance.folder
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-        check_architecture(next(iter(config.architectures or ["a model without a class"])))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        with explain_load_errors(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+            check_architecture(next(iter(config.architectures or ["a model without a class"])))
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
         tensors, sentence, facts = lazy_tensors(source), "The weights of a dense model.", dict[str, Any]()
     else:
         dense = _dense(found, given["task"], given["rows"])
         config, tokenizer, sentence, facts = dense.model.config, dense.processor, dense.sentence, dense.facts
         check_architecture(type(dense.model).__name__)
         config.architectures = [type(dense.model).__name__]
-        tensors = {key: partial(_given, tensor) for key, tensor in dense.model.state_dict().items()}
-    quantization = given["quantize"] or OF_DTYPE[next(iter(tensors.values()))().dtype]
+        state = dense.model.state_dict()
+        tensors = {key: Source(tuple(tensor.shape), partial(_given, tensor)) for key, tensor in state.items()}
+    quantization = given["quantize"] or OF_DTYPE.get(next(iter(tensors.values())).read().dtype, "F32")
     name = found.provenance.folder.resolve().name
     file = staging / f"{name}-{quantization}.gguf"
     license = found.provenance.metadata.get("license")

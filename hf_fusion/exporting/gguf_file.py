@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +37,16 @@ OF_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _F16_MAX = 65504.0
 
-Tensors = Mapping[str, Callable[[], torch.Tensor]]
-"""Name in transformers → reads the tensor."""
+
+class Source(NamedTuple):
+    """A tensor that is read when it is needed."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+Tensors = Mapping[str, Source]
+"""By their names in transformers."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": Architecture("gemma3", "gelu_pytorch_tanh", shifted=True, windowed=True, layers_of_large=62),
 }
 """Class of transformers → what is exported."""
-_PATTERN = {"gemma2": 2, "gemma3": 6}  # every so many layers attend to the whole context
+_PATTERN = {"gemma2": 2, "gemma3": 6}  # every second or sixth layer attends to the whole context
 _LOCAL_BASE = 10000.0  # of the rotary embeddings in layers with a window
 
 
@@ -90,19 +98,20 @@ class Written:
     warnings: tuple[str, ...]
 
 
-def lazy_tensors(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
+def lazy_tensors(folder: Path) -> dict[str, Source]:
     """The tensors of a model's safetensors files, each read when it is asked for.
 
     Args:
         folder: of the model.
 
     Raises:
-        FusionError: there are none.
+        FusionError: the folder has none.
     """
-    found: dict[str, Callable[[], torch.Tensor]] = {}
+    found: dict[str, Source] = {}
     for path in filter(own_file, sorted(folder.glob("*.safetensors"))):
         file = safe_open(path, framework="pt")
-        found |= {name: partial(file.get_tensor, name) for name in list(file.keys())}
+        for name in list(file.keys()):
+            found[name] = Source(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
     if not found:
         raise FusionError(f"{folder} has no safetensors files", "save the model with save_pretrained")
     return found
@@ -148,7 +157,7 @@ def write_gguf(
     Raises:
         FusionError: the architecture, a value of the config or the tokenizer has no counterpart in llama.cpp.
     """
-    [class_name] = config.architectures or [""]
+    class_name = next(iter(config.architectures or [""]))
     check_architecture(class_name)
     import gguf
 
@@ -160,14 +169,14 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if quantization == 'F32' else 'MOSTLY'}_{quantization}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = _gguf_names(kind, config, tensors)
-    embeddings = tensors[next(name for name, own in names.items() if own == _EMBEDDINGS[0])]()
-    add_tokenizer(writer, tokenizer, len(embeddings))
-    plan = {own: (name, _stored(own, tensors[name](), quantization)) for name, own in names.items()}
+    [rows] = [tensors[name].shape[0] for name, own in names.items() if own == _EMBEDDINGS[0]]
+    add_tokenizer(writer, tokenizer, rows)
+    plan = {own: (name, _stored(own, tensors[name].shape, quantization)) for name, own in names.items()}
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for own, (name, stored) in plan.items():
-        shape = tuple(tensors[name]().shape)
+        shape = tensors[name].shape
         nbytes = gguf.quant_shape_to_byte_shape(shape, stored)
         writer.add_tensor_info(own, shape, np.dtype(np.float32), math.prod(nbytes), raw_dtype=stored)
     writer.write_header_to_file()
@@ -178,7 +187,7 @@ def write_gguf(
         writer.write_tensor_data(factors)
         sums["rope_freqs.weight"] = zlib.crc32(factors.tobytes())
     for own, (name, stored) in track(plan.items(), f"Writing {path.name}", len(plan)):
-        values = _converted(own, tensors[name](), kind, config)
+        values = _converted(own, tensors[name].read(), kind, config)
         if stored is gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > _F16_MAX:
             raise FusionError(f"{name} exceeds the range of F16", "--quantize BF16")
         data = np.ascontiguousarray(gguf.quantize(values, stored))
@@ -221,16 +230,16 @@ def _gguf_names(kind: Architecture, config: Any, tensors: Tensors) -> dict[str, 
     return found
 
 
-def _stored(own: str, tensor: torch.Tensor, quantization: str) -> GGMLQuantizationType:
+def _stored(own: str, shape: Sequence[int], quantization: str) -> GGMLQuantizationType:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    if tensor.dim() == 1:
+    if len(shape) == 1:
         return kinds.F32
     wanted = kinds[quantization]
     if own in _EMBEDDINGS and quantization[:2] in ("Q4", "Q5"):
         wanted = kinds.Q8_0
-    return kinds.F16 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+    return kinds.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
 def _converted(own: str, tensor: torch.Tensor, kind: Architecture, config: Any) -> NDArray[np.float32]:
@@ -349,6 +358,7 @@ __all__ = [
     "EXTRA",
     "OF_DTYPE",
     "QUANTIZATIONS",
+    "Source",
     "Written",
     "check_architecture",
     "lazy_tensors",

@@ -28,7 +28,6 @@ SPLITS: dict[tuple[tuple[str, object], ...], str] = {
 }
 """How text is split before byte pairs are merged → what llama.cpp calls it (``llama_vocab::impl::load``)."""
 _SETTING = {"ByteLevel": "use_regex", "Digits": "individual_digits"}
-_SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 

@@ -261,6 +261,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     other.save_pretrained(folder)
     assert "llama.cpp has no tokenizer like this model's: its text is split by Whitespace" in refused(folder, out)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert str(folder) in refused(folder, out)
     byte_level().save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     state["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e6
