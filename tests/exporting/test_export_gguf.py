@@ -186,9 +186,9 @@ def test_llama_cpp_computes_the_same(exported):
         assert count == len(ids)
         logits = last_logits(model, ids)[-1]
         expected = logits.log_softmax(-1)
-        # llama.cpp keeps keys and values in half precision
+        # llama.cpp keeps keys and values in half precision: 2**-11 each, twice, in up to six layers
         furthest = max(abs(expected[token].item() - value) for token, value in likeliest.items())
-        assert len(likeliest) == 40 and furthest < 2**-10 * logits.abs().max().item() * 4
+        assert len(likeliest) == 40 and furthest < 2**-7 * logits.abs().max().item()
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe", "prefixed", "plain"])
