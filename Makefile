@@ -71,7 +71,7 @@ test-all: check
 	$(PYTEST) $(MORE_WORKERS) -m "" --durations=20
 
 bench: $(VENV)/test-installed
-	$(BIN)/python tests/benchmarks/bench.py $(if $(QUICK),--quick) --output bench.json
+	$(BIN)/python tests/benchmarks/performance.py $(if $(QUICK),--quick) --output bench.json
 
 bench-hub: $(VENV)/test-installed
 	$(BIN)/python tests/benchmarks/hub_load.py

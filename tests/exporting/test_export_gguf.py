@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,20 +165,31 @@ def test_transformers_reads_the_same_model(exported):
         assert torch.allclose(last_logits(theirs, ids), expected, atol=1e-5 * expected.abs().max())
 
 
+LLAMA_CPP = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], 128, 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server, found = xllamacpp.Server(params), []
+for prompt in json.loads(sys.argv[2]):
+    given = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 40, "cache_prompt": False}
+    answer = server.handle_completions(given)
+    (token,) = answer["choices"][0]["logprobs"]["content"]
+    found.append([answer["usage"]["prompt_tokens"], [[one["id"], one["logprob"]] for one in token["top_logprobs"]]])
+print(json.dumps(found))
+"""
+
+
 def next_tokens(file: Path, prompts: Any) -> list[tuple[int, dict[int, float]]]:
     """For each prompt its number of tokens, and the log-probabilities of the likeliest next ones, by llama.cpp."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel here")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    server, found = xllamacpp.Server(params), []
-    for prompt in prompts:
-        given = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 40, "cache_prompt": False}
-        answer = server.handle_completions(given)
-        (token,) = answer["choices"][0]["logprobs"]["content"]
-        likeliest = {one["id"]: one["logprob"] for one in token["top_logprobs"]}
-        found.append((answer["usage"]["prompt_tokens"], likeliest))
-    return found
+    if find_spec("xllamacpp") is None:
+        pytest.skip("llama.cpp has no wheel here")
+    words = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompts)]  # it closes descriptors when it ends
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [(count, dict(likeliest)) for count, likeliest in json.loads(done.stdout.splitlines()[-1])]
 
 
 def test_llama_cpp_computes_the_same(exported):
@@ -186,9 +200,8 @@ def test_llama_cpp_computes_the_same(exported):
         assert count == len(ids)
         logits = last_logits(model, ids)[-1]
         expected = logits.log_softmax(-1)
-        # llama.cpp keeps keys and values in half precision: 2**-11 each, twice, in up to six layers
         furthest = max(abs(expected[token].item() - value) for token, value in likeliest.items())
-        assert len(likeliest) == 40 and furthest < 2**-7 * logits.abs().max().item()
+        assert len(likeliest) == 40 and furthest < 1e-3 * logits.abs().max().item()
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe", "prefixed", "plain"])

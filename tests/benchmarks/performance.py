@@ -1,6 +1,6 @@
 """The performance measurements in one table: work, ours, peer, floor, bar, and whether the bar is met.
 
-    python tests/benchmarks/bench.py [--quick] [--only phatgoose wemoe …] [--output bench.json]
+    python tests/benchmarks/performance.py [--quick] [--only phatgoose wemoe …] [--output bench.json]
 
 Each number is a ratio to the dense base (or to what the row names) measured in the same run, process CPU time of one
 thread. `--quick` takes fewer repeats and leaves out the rows that need many experts or large files; a row that was not

@@ -19,29 +19,29 @@ def scripts(monkeypatch):
 
 
 def test_a_row_is_met_up_to_its_bar(scripts):
-    import bench
+    import performance
 
     cases = {(1.25, 1.25): "met", (1.26, 1.25): "not met", (1.5, None): "no bar", (None, 1.25): "not measured"}
-    assert {case: bench.verdict(*case) for case in cases} == cases
+    assert {case: performance.verdict(*case) for case in cases} == cases
 
 
 def test_the_table_names_every_row_and_its_columns(scripts):
-    import bench
+    import performance
 
     rows = [
         {"work": "a forward", "ours": 1.5, "peer": 2.25, "floor": None, "bar": 1.4, "met": "not met"},
         {"work": "b", "ours": None, "peer": None, "floor": 1, "bar": 2, "met": "not measured"},
     ]
-    lines = [line.split() for line in bench.table(rows).splitlines()]
+    lines = [line.split() for line in performance.table(rows).splitlines()]
     assert lines[0] == ["work", "ours", "peer", "floor", "bar", "met"]
     assert lines[1] == ["a", "forward", "1.50", "2.25", "–", "1.40", "not", "met"]
     assert lines[2] == ["b", "–", "–", "1.00", "2.00", "not", "measured"]
 
 
 def test_every_measure_has_goals(scripts):
-    import bench
+    import performance
 
-    assert bench.MEASURES.keys() == bench.GOALS.keys()
+    assert performance.MEASURES.keys() == performance.GOALS.keys()
 
 
 @torch.inference_mode()
