@@ -218,6 +218,8 @@ def head_paths(model: Any, head: str) -> list[str]:
 def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The best low-rank approximation: A (r, d_in) with orthonormal rows, B (r, d_out), and the share of ‖τ‖² kept.
 
+    r is at most the rank of τ in single precision: the singular vectors of zero are any, and SMILE's gates read them.
+
     Args:
         vector: (d_out, d_in).
         rank: largest rank, or None.
@@ -231,7 +233,9 @@ def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tu
     total = float(values.sum())
     kept = (values.cumsum(0) / max(total, 1e-300)).clamp(max=1.0)
     count = len(values) if energy is None else int((kept < energy - 1e-12).sum()) + 1
-    count = max(1, min(count, len(values), rank if rank is not None else len(values)))
+    noise = torch.finfo(torch.float32).eps ** 2 * max(vector.shape)  # of σ² relative to the largest, by rounding of τ
+    full = int((values > noise * values[0]).sum())
+    count = max(1, min(count, full, rank if rank is not None else full))
     side = vectors[:, :count]
     if wide:  # matrix = U S Vᵀ, side = U
         b = side

@@ -28,6 +28,7 @@ from transformers import BertModel
 from hf_fusion import Expert, WEMoEModel
 from hf_fusion.errors import FusionError
 from hf_fusion.merging.in_memory import merge_states
+from hf_fusion.models.assembly_wemoe import low_rank
 
 LAYERS = [f"bert.encoder.layer.{i}" for i in (0, 1)]
 
@@ -391,3 +392,16 @@ def test_one_expert_and_32():
             experts = experts_of(base, count, scale=0.02)
             model = WEMoEModel.from_experts(experts, base_expert(base), router_layers=0, scaling=0.1, heads="shared")
             assert close(model(**TEXT).logits, arithmetic(base, experts, 0.1)(**TEXT).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_directions_of_zero_are_not_kept(shape):
+    """The singular vectors of zero are any: SMILE's gates would read what the processor's eigensolver left there."""
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator)
+    found_a, found_b, share = low_rank(b @ a, 8, None)
+    assert found_a.shape == (3, shape[1]) and found_b.shape == (3, shape[0]) and share == pytest.approx(1)
+    assert torch.allclose(found_b.T @ found_a, b @ a, atol=1e-5 * float((b @ a).abs().max()))
+    assert torch.allclose(found_a @ found_a.T, torch.eye(3), atol=1e-5)
+    assert len(low_rank(torch.zeros(shape), 8, None)[0]) == 1
+    assert len(low_rank(torch.randn(shape, generator=generator), None, None)[0]) == 12
