@@ -140,3 +140,15 @@ def routing_phrases(read: Read) -> list[str]:
         f"{row['experts']} experts (`--smollm2`) it is {row['router forward']:.2f} and {row['router token']:.2f}",
         f"{min(forwards):.1f} to {max(forwards):.1f} forwards of the base",
     ]
+
+
+def serving_phrases(read: Read) -> list[str]:
+    """What serving adds to a call of `generate`, what batches gain, and whether answers are the model's own."""
+    found = read[0]
+    load = found["load"]
+    return [
+        f"one client alone waits {found['overhead']:.2f} times as long as `generate()` takes, and 16 clients at once "
+        f"get {found['throughput']:.1f} times as many answers as one after the other",
+        f"For {load['seconds']:.0f} seconds {load['clients']} clients got {load['answers']:,} answers without an "
+        f"error; {load['ties'] + load['wrong']} of them were not those that",
+    ]

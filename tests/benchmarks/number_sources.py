@@ -205,6 +205,13 @@ SOURCES = {
         routing.routing_table,
         routing.routing_phrases,
     ),
+    "serve-load": Source(
+        (f"{MEASURED}/serve_load.json",),
+        (f"{BENCHMARKS}/serve_load.py --model demo/router --output {MEASURED}/serve_load.json",),
+        "least of 3 runs; the model is what `hf-fusion demo phatgoose` leaves",
+        3,
+        phrases=routing.serving_phrases,
+    ),
     "wemoe-suites": Source(
         (f"{MEASURED}/wemoe_minilm8.json", "results"),
         (f"{EIGHT} --learned WEMoE 'AdaMerging, by layer' --seeds 0 --output {MEASURED}/wemoe_minilm8.json",),
