@@ -10,6 +10,7 @@ from hf_fusion.cli.errors import UsageError
 from hf_fusion.cli.output import Out
 from hf_fusion.cli.parser import COUNT
 from hf_fusion.cli.progress import loading_libraries
+from hf_fusion.exporting.forms import FORMS, QUANTIZATIONS
 from hf_fusion.extras import need
 from hf_fusion.io.folders import refuse_to_replace
 
@@ -21,8 +22,6 @@ EXAMPLES = (
     ("hf-fusion export merged --to gguf --quantize Q8_0", "a static merge for llama.cpp, with weights of 8 bits"),
 )
 INPUTS = ("prompt", "text", "image")
-# as in hf_fusion.exporting.gguf_file, which imports torch
-QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="MODEL_DIR", help="a fused model's folder; for GGUF, that of any language model"
     )
-    parser.add_argument("--to", required=True, choices=("dense", "adapter", "gguf"), help="what to export")
+    parser.add_argument("--to", required=True, choices=FORMS, help="what to export")
     parser.add_argument("--task", metavar="NAME", help="the expert whose weights, or whose head, the model gets")
     parser.add_argument(
         "--input", metavar="FILE", help="rows (prompt, text or image) whose routing gives the weights of the experts"

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_fusion.errors import FusionError, suggestion, writing
 from hf_fusion.exporting.cards import Provenance, keep_hand_written, read_provenance, write_provenance
 from hf_fusion.exporting.dense import Dense, dense_model, expert_weights
+from hf_fusion.exporting.forms import FORMS, QUANTIZATIONS
 from hf_fusion.exporting.gguf_file import (
     EXTRA,
     OF_DTYPE,
-    QUANTIZATIONS,
     Source,
     check_architecture,
     lazy_tensors,
@@ -43,8 +43,6 @@ from hf_fusion.progress import phase
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FORMS = ("dense", "adapter", "gguf")
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def export(
         rows: instead of a task, rows with the model's inputs (``prompt``, ``text``, ``image``) that determine the
             weights of the experts. Of a WEMoE of classifiers, a task may choose the head as well.
         rank: for an adapter, the rank to which it is truncated by SVD; by default it is exact.
-        quantize: for GGUF, the type of the weights, one of `hf_fusion.exporting.gguf_file.QUANTIZATIONS`; by default
+        quantize: for GGUF, the type of the weights, one of `hf_fusion.exporting.forms.QUANTIZATIONS`; by default
             they stay what they are.
         overwrite: whether to replace a model in the folder.
 

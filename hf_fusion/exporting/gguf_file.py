@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 EXTRA = "gguf"
 OTHERWISE = "hf-fusion export … --to dense, for servers that run transformers' models"
-QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""Types that the ``gguf`` package can write, from the most exact to the smallest."""
 OF_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """The type of weights by default: as they are."""
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -56,6 +54,7 @@ class Architecture:
     Attributes:
         name: in GGUF.
         act: the activation of its MLPs.
+        biased: its attention may have biases.
         interleaved: rotary embeddings turn neighbouring dimensions, where transformers turns two halves.
         shifted: norms multiply by 1 + weight in transformers.
         windowed: alternate layers have a sliding window.
@@ -64,6 +63,7 @@ class Architecture:
 
     name: str
     act: str = "silu"
+    biased: bool = False
     interleaved: bool = False
     shifted: bool = False
     windowed: bool = False
@@ -71,15 +71,23 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", interleaved=True),
-    "MistralForCausalLM": Architecture("llama", interleaved=True),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "LlamaForCausalLM": Architecture("llama", biased=True, interleaved=True),
+    "MistralForCausalLM": Architecture("llama", biased=True, interleaved=True),
+    "Qwen2ForCausalLM": Architecture("qwen2", biased=True),
     "Qwen3ForCausalLM": Architecture("qwen3"),
     "Gemma2ForCausalLM": Architecture("gemma2", "gelu_pytorch_tanh", shifted=True, windowed=True, layers_of_large=46),
     "Gemma3ForCausalLM": Architecture("gemma3", "gelu_pytorch_tanh", shifted=True, windowed=True, layers_of_large=62),
 }
 """Class of transformers → what is exported."""
 _PATTERN = {"gemma2": 2, "gemma3": 6}  # every second or sixth layer attends to the whole context
+_LLAMA_3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# kind of rotary embeddings -> the keys that are exported; another one would be lost without a word
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": _LLAMA_3_KEYS,
+}
 _LOCAL_BASE = 10000.0  # of the rotary embeddings in layers with a window
 
 
@@ -148,7 +156,7 @@ def write_gguf(
         config: of transformers.
         tensors: the weights.
         tokenizer: a fast one of transformers.
-        quantization: one of `QUANTIZATIONS`.
+        quantization: one of `hf_fusion.exporting.forms.QUANTIZATIONS`.
         about: further metadata: ``name``, ``license``, ``description``.
 
     Returns:
@@ -312,6 +320,8 @@ def _add_config(writer: GGUFWriter, kind: Architecture, config: Any) -> list[str
 def _fixed(kind: Architecture, config: Any) -> Iterator[tuple[str, Any, Any]]:
     """What llama.cpp computes whatever the file says: key of the config, its value, llama.cpp's."""
     yield "hidden_act", getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None), kind.act
+    if not kind.biased:
+        yield "attention_bias", bool(getattr(config, "attention_bias", False)), False
     if not kind.windowed:
         return
     count, step = config.num_hidden_layers, _PATTERN[kind.name]
@@ -342,11 +352,14 @@ def _add_rope(writer: GGUFWriter, config: Any) -> None:
 
     rope = _rope(config)
     name = rope["rope_type"]
+    if name not in _ROPE_KEYS:
+        raise FusionError(f"rope_type is {name}, which GGUF has no key for", OTHERWISE)
+    for key in rope.keys() - {"rope_type", "rope_theta", *_ROPE_KEYS[name]}:
+        if rope[key] is not None and (key, rope[key]) != ("partial_rotary_factor", 1.0):
+            raise FusionError(f"{key} of the rotary embeddings is {rope[key]}, which is not exported", OTHERWISE)
     writer.add_rope_freq_base(rope["rope_theta"])
     if name in ("default", "llama3"):
         return
-    if name not in ("linear", "yarn"):
-        raise FusionError(f"rope_type is {name}, which GGUF has no key for", OTHERWISE)
     writer.add_rope_scaling_type(RopeScalingType[name.upper()])
     writer.add_rope_scaling_factor(rope["factor"])
     if name == "yarn":
@@ -357,7 +370,6 @@ __all__ = [
     "ARCHITECTURES",
     "EXTRA",
     "OF_DTYPE",
-    "QUANTIZATIONS",
     "Source",
     "Written",
     "check_architecture",

@@ -28,6 +28,7 @@ SPLITS: dict[tuple[tuple[str, object], ...], str] = {
 }
 """How text is split before byte pairs are merged → what llama.cpp calls it (``llama_vocab::impl::load``)."""
 _SETTING = {"ByteLevel": "use_regex", "Digits": "individual_digits"}
+_SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
@@ -78,7 +79,7 @@ def _add_byte_level(writer: GGUFWriter, content: Mapping[str, Any]) -> None:
         raise _refused(f"its text is split by {' and '.join(name or 'nothing' for name, _ in found)} in another way")
     name = SPLITS[found]
     if bool(content["model"].get("ignore_merges")) != (name == "llama-bpe"):
-        raise _refused("whole words are looked up before pairs are merged, or they are not")
+        raise _refused(f"ignore_merges is {bool(content['model'].get('ignore_merges'))}, unlike {name}'s")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_add_space_prefix(False)
@@ -101,6 +102,9 @@ def _add_sentencepiece(writer: GGUFWriter, content: Mapping[str, Any], merges: l
                 raise _refused(f"it does not merge {pair[0]!r} and {pair[1]!r}, as SentencePiece does")
     steps = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
     steps = [inner for step in steps for inner in step.get("normalizers", step.get("pretokenizers", [step]))]
+    for step in steps:
+        if step and not _is_sentencepiece(step):
+            raise _refused(f"SentencePiece has no step {step['type']}")
     first = any(
         step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
         for step in steps
@@ -108,6 +112,13 @@ def _add_sentencepiece(writer: GGUFWriter, content: Mapping[str, Any], merges: l
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(first)
+
+
+def _is_sentencepiece(step: Mapping[str, Any]) -> bool:
+    """Whether a step only writes spaces as ▁, or splits at them, which SentencePiece's pieces imply."""
+    if step["type"] in ("Replace", "Split"):
+        return bool(step["pattern"].get("String") == " " and step.get("content", _SPACE) == _SPACE)
+    return step["type"] in ("Prepend", "Metaspace")
 
 
 def _scores(known: Mapping[str, int], merges: list[tuple[str, ...]]) -> dict[str, float]:

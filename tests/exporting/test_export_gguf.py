@@ -29,7 +29,8 @@ from transformers import (
 from hf_fusion import FusionError
 from hf_fusion.cli import main
 from hf_fusion.exporting.export import export
-from hf_fusion.exporting.gguf_file import ARCHITECTURES, QUANTIZATIONS
+from hf_fusion.exporting.forms import QUANTIZATIONS
+from hf_fusion.exporting.gguf_file import ARCHITECTURES
 from hf_fusion.exporting.gguf_tokenizer import SPLITS
 
 TEXT = "The quick brown fox can't jump over 12345 lazy dogs;\n\n\tnaïve café, 你好! It's  the   end of the text.\n"
@@ -46,6 +47,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 PLAIN = {"rope_type": "default", "rope_theta": 5e4}
 LLAMA_3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -57,6 +59,7 @@ CONFIGS = {
     ),
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama 3": LlamaConfig(**SIZES, rope_parameters=LLAMA_3),
+    "yarn": Qwen2Config(**{**SIZES, "hidden_size": 128}, rope_parameters=YARN),
     "linear": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**{**SIZES, "hidden_size": 128}),
@@ -67,7 +70,7 @@ CONFIGS = {
     ),
 }
 # transformers' reader of GGUF ignores biases, sizes of heads, scaled rotary embeddings, windows and soft caps
-NOT_READ = {"llama with biases", "llama 3", "linear", "qwen3", "gemma2", "gemma3"}
+NOT_READ = {"llama with biases", "llama 3", "yarn", "linear", "qwen3", "gemma2", "gemma3"}
 
 
 def byte_level(split: str = "gpt-2", bos: bool = False) -> PreTrainedTokenizerFast:
@@ -266,6 +269,14 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type is dynamic, which GGUF has no key for",
         ),
+        (
+            {"rope_parameters": YARN | {"beta_fast": 16.0}},
+            "beta_fast of the rotary embeddings is 16.0, which is not exported",
+        ),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": True},
+            "attention_bias is True, and llama.cpp's qwen3 has False",
+        ),
     ):
         (folder / "config.json").write_text(json.dumps(config | changed))
         assert message in refused(folder, out)
@@ -274,6 +285,10 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     other.save_pretrained(folder)
     assert "llama.cpp has no tokenizer like this model's: its text is split by Whitespace" in refused(folder, out)
+    lower = sentencepiece(prefix=False)
+    lower.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    lower.save_pretrained(folder)
+    assert "SentencePiece has no step Lowercase" in refused(folder, out)
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert str(folder) in refused(folder, out)
