@@ -218,7 +218,7 @@ def head_paths(model: Any, head: str) -> list[str]:
 def low_rank(vector: torch.Tensor, rank: int | None, energy: float | None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The best low-rank approximation: A (r, d_in) with orthonormal rows, B (r, d_out), and the share of ‖τ‖² kept.
 
-    r is at most the rank of τ in single precision: the singular vectors of zero are any, and SMILE's gates read them.
+    r is at most the rank of τ in single precision: singular vectors of zero are arbitrary, and SMILE's gates read them.
 
     Args:
         vector: (d_out, d_in).

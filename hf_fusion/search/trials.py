@@ -66,7 +66,7 @@ class TrialsFile:
     def __init__(self, path: Path, about: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = path
         self.trials: list[Trial] = []
-        first = f"{SEARCH}{json.dumps(about, ensure_ascii=False)}}}"
+        first = json.dumps({"search": about}, ensure_ascii=False)
         if path.exists() and not overwrite:
             self._read(first)
         self._rewrite(first)

@@ -1,7 +1,7 @@
 """Correctness and speed on a GPU: what the CPU suite cannot say.
 
     python tests/benchmarks/gpu.py [--output gpu.json]
-    python tests/benchmarks/gpu.py --device cpu --quick       # the same code where there is no GPU
+    python tests/benchmarks/gpu.py --device cpu --quick       # the same code without a GPU
 
 Correctness: logits in fp32 and bf16 on the device, against the CPU's in float64. The device may be twice as far from
 them as the CPU is in the same dtype, or 64 roundings. Speed: tokens per second of PHATGOOSE and WEMoE (exact) over
@@ -116,7 +116,7 @@ def routing(device: torch.device, quick: bool) -> tuple[list[dict[str, Any]], li
         if experts == 8:
             few = {key: value[:2] for key, value in inputs.items()}
             checks = correctness("PHATGOOSE E = 8", router, few, device)
-        # The router shares its base's weights, so the base is one of its own before either changes dtype.
+        # The router shares its base's weights, so the base is copied before either changes dtype.
         models = (copy.deepcopy(base), router)
         speeds += speed(f"PHATGOOSE E = {experts}", models, inputs, batch * 128, device, 2 if quick else 10)
     return checks, speeds

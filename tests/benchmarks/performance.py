@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and rows: under 5 minutes")
     parser.add_argument("--only", nargs="*", choices=MEASURES, default=list(MEASURES))
-    parser.add_argument("--mergekit", type=Path, help="its mergekit-yaml, in an environment of its own")
+    parser.add_argument("--mergekit", type=Path, help="path of mergekit-yaml in its own environment")
     parser.add_argument("--output", type=Path, help="where the table goes, as JSON")
     args = parser.parse_args(arguments)
     args.repeats = 2 if args.quick else 5

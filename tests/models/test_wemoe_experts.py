@@ -396,7 +396,7 @@ def test_one_expert_and_32():
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
 def test_directions_of_zero_are_not_kept(shape):
-    """The singular vectors of zero are any: SMILE's gates would read what the processor's eigensolver left there."""
+    """Singular vectors of zero are arbitrary: SMILE's gates would read what the processor's eigensolver left there."""
     generator = torch.Generator().manual_seed(0)
     b, a = torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator)
     found_a, found_b, share = low_rank(b @ a, 8, None)
